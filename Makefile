@@ -1,0 +1,82 @@
+# Everything a person does with the checkout. `make` alone explains the targets.
+# Needs: Python 3.11, Rust (cargo), Go, gcc, make; root for `demo` and for the tests that start a
+# cluster. All else is installed or built by the targets themselves, cached outside the tree.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+export TERCET_CACHE ?= $(HOME)/.cache/tercet
+VENV := .venv
+BIN := $(VENV)/bin
+CARGO_KEY := $(shell rustc --version | cut -d" " -f2)
+export CARGO_TARGET_DIR ?= $(TERCET_CACHE)/cargo/$(CARGO_KEY)
+CARGO := cargo --color=never
+MANIFEST := --manifest-path node-daemon/Cargo.toml
+PACKAGES := crds operator csi node-daemon cli e2e
+
+.PHONY: help demo test lint fmt generate lock bench report clean install
+
+help:  ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: install  ## a volume survives the loss of its node, told step by step (root; a minute when warm)
+	$(BIN)/python -m tercet_e2e demo
+
+test: install  ## every tier of docs/testing.md, with a table of their times (root)
+	$(BIN)/python -m tercet_e2e test
+
+lint: install  ## formats, types, clippy, import arrows, generated files, size limits
+	$(BIN)/python -m tercet_e2e test --tier lint
+
+fmt: install  ## format Python and Rust
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(CARGO) fmt $(MANIFEST) --all
+
+generate: install  ## write crds/manifests from the models
+	$(BIN)/python -m tercet_api.generate
+
+bench: install  ## write build/bench.json: volumes beside the disk's own floor (root; Debian's fio)
+	command -v fio >/dev/null || apt-get install -y fio
+	$(BIN)/python -m tercet_e2e bench
+
+report: install  ## print build/bench.json and build/evidence.json as tables
+	$(BIN)/python -m tercet_e2e report
+
+lock:  ## resolve requirements/*.lock again
+	$(PYTHON) -m venv build/lock && build/lock/bin/pip -q install uv
+	build/lock/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-annotate \
+	  -o requirements/bootstrap.lock requirements/bootstrap.in
+	build/lock/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-annotate --all-extras \
+	  $(foreach p,api operator csi node cli e2e,--no-emit-package tercet-$(p)) \
+	  -o requirements/all.lock $(foreach p,$(PACKAGES),$(p)/pyproject.toml) requirements/development.in
+	cargo update --workspace $(MANIFEST)
+
+clean:  ## remove what was built in this checkout (caches outside the tree stay)
+	rm -rf build $(VENV)
+
+# The environment: locked packages with hashes, then our own distributions, then the engine.
+install: $(VENV)/.packages $(VENV)/.own engine
+
+$(VENV)/.packages: requirements/bootstrap.lock requirements/all.lock
+	@echo "== Python packages into $(VENV)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/all.lock
+	touch $@
+
+$(VENV)/.own: $(VENV)/.packages $(foreach p,$(PACKAGES),$(p)/pyproject.toml) \
+  $(wildcard */hatch_build.py */proto/*.proto)
+	@echo "== Tercet's own Python distributions"
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps \
+	  $(foreach p,$(PACKAGES),-e ./$(p))
+	touch $@
+
+.PHONY: engine
+engine: $(VENV)/.packages
+	@echo "== tercet-engine and tercet-attach (release)"
+	$(CARGO) build $(MANIFEST) --release --locked -p tercet-engine --bins
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps ./node-daemon/crates/engine

@@ -1,0 +1,1 @@
+"""Tercet's command line: `tercet`, also `kubectl tercet`."""

@@ -1,0 +1,1 @@
+"""Tercet's CSI driver: the controller turns calls into objects, the node mounts volumes."""

@@ -1,0 +1,1 @@
+"""CSI Controller: calls become objects, answers wait for their status."""

@@ -1,0 +1,1 @@
+"""CSI Node: attach, format, mount. Needs no API server and imports no client of one."""

@@ -1,0 +1,277 @@
+"""The controller service against an API server in memory and a stand-in for operator and agents.
+
+The stand-in makes volumes Ready, or says why not, confirms fences and cuts snapshots, each when the
+test lets it: so a test decides what the controller has to wait for.
+"""
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from csi_stand_in import Cluster as StandIn
+from fakeapi import FakeApi
+
+import tercet_csi.controller.volumes as controller_volumes
+from tercet_csi.controller.cluster import Cluster
+from tercet_csi.controller.service import ControllerService
+from tercet_csi.errors import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    Exhausted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+)
+from tercet_csi.v1 import csi_pb2 as csi
+
+MIB = 1024**2
+MODE = csi.VolumeCapability.AccessMode
+WRITER = csi.VolumeCapability(
+    mount=csi.VolumeCapability.MountVolume(fs_type="ext4"),
+    access_mode=MODE(mode=MODE.SINGLE_NODE_WRITER),
+)
+
+
+class World:
+    """A controller, its API server, and the stand-in."""
+
+    def __init__(self) -> None:
+        self.api = FakeApi()
+        self.cluster = Cluster(self.api)  # type: ignore[arg-type]
+        self.service = ControllerService(self.cluster)
+        self.rest = StandIn(self.api)
+
+    async def create(self, name: str = "pvc-1", **wishes: Any) -> csi.Volume:
+        request = csi.CreateVolumeRequest(
+            name=name,
+            volume_capabilities=[WRITER],
+            capacity_range=csi.CapacityRange(required_bytes=wishes.pop("size", 64 * MIB)),
+            **wishes,
+        )
+        return (await self.service.CreateVolume(request, None)).volume
+
+    async def publish(self, volume: str, node: str, *, readonly: bool = False) -> dict[str, str]:
+        request = csi.ControllerPublishVolumeRequest(
+            volume_id=volume, node_id=node, volume_capability=WRITER, readonly=readonly
+        )
+        answer = await self.service.ControllerPublishVolume(request, None)
+        return dict(answer.publish_context)
+
+    async def unpublish(self, volume: str, node: str) -> None:
+        request = csi.ControllerUnpublishVolumeRequest(volume_id=volume, node_id=node)
+        await self.service.ControllerUnpublishVolume(request, None)
+
+    async def delete(self, volume: str) -> None:
+        await self.service.DeleteVolume(csi.DeleteVolumeRequest(volume_id=volume), None)
+
+    async def snapshot(self, volume: str, name: str = "snap-1") -> csi.Snapshot:
+        request = csi.CreateSnapshotRequest(source_volume_id=volume, name=name)
+        return (await self.service.CreateSnapshot(request, None)).snapshot
+
+
+@asynccontextmanager
+async def running(world: World):
+    tasks = [
+        asyncio.create_task(kind.follow())
+        for kind in (world.cluster.volumes, world.cluster.snapshots, world.cluster.nodes)
+    ]
+    tasks.append(asyncio.create_task(world.rest.run()))
+    try:
+        yield world
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def world():
+    made = World()
+    for node in ("n1", "n2", "n3"):
+        made.rest.add_node(node)
+    async with running(made):
+        yield made
+
+
+async def test_a_volume_is_made_once_however_often_it_is_asked_for(world: World):
+    first = await world.create()
+    for _ in range(10):
+        assert (await world.create()).volume_id == first.volume_id
+    assert first.capacity_bytes == 64 * MIB
+    assert len(world.rest.volumes()) == 1
+
+
+async def test_an_own_create_is_marked_new_for_the_operator(world: World):
+    await world.create()
+    (volume,) = world.rest.volumes()
+    assert volume["status"]["newUid"] == volume["metadata"]["uid"]
+
+
+async def test_the_same_name_with_other_wishes_is_refused(world: World):
+    await world.create(size=64 * MIB)
+    with pytest.raises(AlreadyExists, match="pvc-1 exists with"):
+        await world.create(size=128 * MIB)
+    with pytest.raises(AlreadyExists):
+        await world.create(size=64 * MIB, parameters={"replicas": "2"})
+
+
+async def test_a_volume_that_fits_nowhere_leaves_nothing_behind(world: World):
+    world.rest.unplaceable = "no three nodes have 64 MiB free"
+    with pytest.raises(Exhausted, match="no three nodes"):
+        await world.create()
+    assert world.rest.volumes() == []
+
+
+async def test_bad_requests_change_nothing(world: World):
+    with pytest.raises(InvalidArgument, match="'replica'"):
+        await world.create(parameters={"replica": "2"})
+    with pytest.raises(OutOfRange):
+        await world.create(size=2**62)
+    with pytest.raises(InvalidArgument, match="name is missing"):
+        await world.create(name="")
+    assert world.rest.volumes() == []
+
+
+async def test_one_node_at_a_time_writes_and_the_other_is_named(world: World):
+    volume = await world.create()
+    context = await world.publish(volume.volume_id, "n1")
+    assert context["nqn"].endswith(volume.volume_id)
+    assert context["endpoints"].count(",") == 2
+    assert await world.publish(volume.volume_id, "n1") == context
+    with pytest.raises(FailedPrecondition, match="attached to n1"):
+        await world.publish(volume.volume_id, "n2")
+    await world.unpublish(volume.volume_id, "n1")
+    await world.publish(volume.volume_id, "n2")
+
+
+async def test_unknown_volumes_and_nodes_are_not_found(world: World):
+    volume = await world.create()
+    with pytest.raises(NotFound, match="no node n9"):
+        await world.publish(volume.volume_id, "n9")
+    with pytest.raises(NotFound):
+        await world.publish("nonsense", "n1")
+    await world.unpublish("0b0c0d0e-0000-4000-8000-00000000ffff", "n1")
+    await world.delete("nonsense")
+
+
+async def test_unpublish_returns_only_when_the_host_is_fenced(world: World, monkeypatch):
+    """H5: the next node may write as soon as this call has returned, so not a moment earlier."""
+    monkeypatch.setattr(controller_volumes, "FENCE_TIMEOUT_S", 0.2)
+    volume = await world.create()
+    await world.publish(volume.volume_id, "n1")
+    world.rest.fencing = False
+    with pytest.raises(DeadlineExceeded, match="shut out"):
+        await world.unpublish(volume.volume_id, "n1")
+    # The attachment is out of the spec by now: a repeated call must wait all the same.
+    with pytest.raises(DeadlineExceeded, match="shut out"):
+        await world.unpublish(volume.volume_id, "n1")
+    world.rest.fencing = True
+    await world.unpublish(volume.volume_id, "n1")
+
+
+async def test_a_fence_of_an_older_epoch_does_not_count(world: World, monkeypatch):
+    monkeypatch.setattr(controller_volumes, "FENCE_TIMEOUT_S", 0.2)
+    volume = await world.create()
+    await world.publish(volume.volume_id, "n1")
+    world.rest.fence_epoch = 0
+    with pytest.raises(DeadlineExceeded):
+        await world.unpublish(volume.volume_id, "n1")
+
+
+async def test_what_is_in_use_is_not_deleted(world: World):
+    volume = await world.create()
+    await world.publish(volume.volume_id, "n1")
+    with pytest.raises(FailedPrecondition, match="attached to n1"):
+        await world.delete(volume.volume_id)
+    await world.unpublish(volume.volume_id, "n1")
+    await world.snapshot(volume.volume_id)
+    with pytest.raises(FailedPrecondition, match="snap-1"):
+        await world.delete(volume.volume_id)
+    request = csi.DeleteSnapshotRequest(snapshot_id="snap-1")
+    for _ in range(3):
+        await world.service.DeleteSnapshot(request, None)
+    for _ in range(3):
+        await world.delete(volume.volume_id)
+    assert world.rest.volumes() == []
+
+
+async def test_snapshots_are_cut_once_and_belong_to_their_volume(world: World):
+    volume, other = await world.create(), await world.create("pvc-2")
+    first = await world.snapshot(volume.volume_id)
+    again = await world.snapshot(volume.volume_id)
+    assert first == again
+    assert first.ready_to_use
+    assert first.source_volume_id == volume.volume_id
+    with pytest.raises(AlreadyExists, match="of volume pvc-1"):
+        await world.snapshot(other.volume_id)
+
+
+async def test_a_deleted_snapshot_as_source_is_not_found(world: World):
+    source = csi.VolumeContentSource(
+        snapshot=csi.VolumeContentSource.SnapshotSource(snapshot_id="snap-9")
+    )
+    with pytest.raises(NotFound, match="snap-9"):
+        await world.create(volume_content_source=source)
+
+
+async def test_a_restore_is_at_least_as_large_as_its_source(world: World):
+    volume = await world.create()
+    await world.snapshot(volume.volume_id)
+    source = csi.VolumeContentSource(
+        snapshot=csi.VolumeContentSource.SnapshotSource(snapshot_id="snap-1")
+    )
+    with pytest.raises(OutOfRange, match="the source has"):
+        await world.create("restored", size=4 * MIB, volume_content_source=source)
+    restored = await world.create("restored", size=128 * MIB, volume_content_source=source)
+    assert restored.content_source.snapshot.snapshot_id == "snap-1"
+
+
+async def test_growth_waits_until_the_volume_has_grown(world: World):
+    volume = await world.create()
+    request = csi.ControllerExpandVolumeRequest(volume_id=volume.volume_id)
+    request.capacity_range.required_bytes = 128 * MIB
+    answer = await world.service.ControllerExpandVolume(request, None)
+    assert answer.capacity_bytes == 128 * MIB
+    assert answer.node_expansion_required
+    request.capacity_range.required_bytes = 64 * MIB
+    assert (await world.service.ControllerExpandVolume(request, None)).capacity_bytes == 128 * MIB
+
+
+async def test_lists_come_in_pages_and_bad_tokens_are_refused(world: World):
+    for number in range(5):
+        await world.create(f"pvc-{number}")
+    seen: list[str] = []
+    token = ""
+    while True:
+        request = csi.ListVolumesRequest(max_entries=2, starting_token=token)
+        answer = await world.service.ListVolumes(request, None)
+        seen += [entry.volume.volume_id for entry in answer.entries]
+        token = answer.next_token
+        if not token:
+            break
+    assert len(set(seen)) == 5
+    with pytest.raises(Aborted, match="starting_token"):
+        await world.service.ListVolumes(csi.ListVolumesRequest(starting_token="x"), None)
+
+
+async def test_capacity_is_what_the_fullest_needed_node_has(world: World):
+    world.rest.add_node("n4", capacity_bytes=10 * MIB)
+    request = csi.GetCapacityRequest(parameters={"replicas": "3"})
+    before = (await world.service.GetCapacity(request, None)).available_capacity
+    await world.create(size=64 * MIB)
+    after = (await world.service.GetCapacity(request, None)).available_capacity
+    assert before - after == 64 * MIB
+
+
+async def test_two_calls_on_one_volume_do_not_overlap(world: World):
+    world.rest.placing = False
+    first = asyncio.create_task(world.create())
+    await asyncio.sleep(0.05)
+    with pytest.raises(Aborted):
+        await world.create()
+    world.rest.placing = True
+    world.rest.kick.set()
+    await first

@@ -1,0 +1,265 @@
+"""The node service on real loop devices, real mkfs and real mounts; only the attacher is a fake.
+
+A story for each thing that an impatient kubelet does: repeats, crashes in between, wrong order.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tercet_api.names import host_id, host_nqn, volume_nqn
+from tercet_csi.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
+from tercet_csi.node.attach import Target
+from tercet_csi.node.commands import run
+from tercet_csi.node.filesystem import FileSystems, mounted_at, mounts
+from tercet_csi.node.records import Records
+from tercet_csi.node.service import NodeOptions, NodeService, device_bytes
+from tercet_csi.v1 import csi_pb2 as csi
+
+VOLUME = "0b0c0d0e-0000-4000-8000-000000000001"
+MIB = 1024**2
+CAP_SYS_RESOURCE = 24
+
+
+def has_capability(number: int) -> bool:
+    status = dict(
+        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines()
+    )
+    return bool(int(status["CapEff"], 16) >> number & 1)
+
+
+class LoopAttacher:
+    """Shows one file as a loop device."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.devices: dict[str, str] = {}
+
+    async def attach(self, target: Target) -> str:
+        if target.nqn not in self.devices:
+            done = await run("losetup", "--find", "--show", str(self.file))
+            self.devices[target.nqn] = done.output
+        return self.devices[target.nqn]
+
+    async def detach(self, nqn: str) -> None:
+        device = self.devices.pop(nqn, None)
+        if device is not None:
+            await run("losetup", "--detach", device)
+
+    async def device_of(self, nqn: str) -> str | None:
+        return self.devices.get(nqn)
+
+    async def ready(self) -> bool:
+        return True
+
+
+class Node:
+    """A service, its folder, and requests with everything filled in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "disk"
+        self.file.touch()
+        os.truncate(self.file, 64 * MIB)
+        self.attacher = LoopAttacher(self.file)
+        self.folder = folder
+        self.staging = folder / "staging"
+        self.target = folder / "pods" / "target"
+        self.service = self.restarted()
+
+    def restarted(self) -> NodeService:
+        options = NodeOptions("n1", {"zone": "a"})
+        records = Records(self.folder / "staged")
+        self.service = NodeService(options, self.attacher, FileSystems(run), records)
+        return self.service
+
+    async def stage(self, *, block: bool = False, volume: str = VOLUME) -> None:
+        await self.service.NodeStageVolume(
+            csi.NodeStageVolumeRequest(
+                volume_id=volume,
+                staging_target_path=str(self.staging),
+                volume_capability=capability(block=block),
+                publish_context=publish_context(VOLUME),
+            ),
+            None,
+        )
+
+    async def publish(self, *, block: bool = False, read_only: bool = False) -> None:
+        await self.service.NodePublishVolume(
+            csi.NodePublishVolumeRequest(
+                volume_id=VOLUME,
+                staging_target_path=str(self.staging),
+                target_path=str(self.target),
+                volume_capability=capability(block=block),
+                readonly=read_only,
+            ),
+            None,
+        )
+
+    async def unpublish(self) -> None:
+        await self.service.NodeUnpublishVolume(
+            csi.NodeUnpublishVolumeRequest(volume_id=VOLUME, target_path=str(self.target)), None
+        )
+
+    async def unstage(self) -> None:
+        await self.service.NodeUnstageVolume(
+            csi.NodeUnstageVolumeRequest(volume_id=VOLUME, staging_target_path=str(self.staging)),
+            None,
+        )
+
+
+def capability(*, block: bool, file_system: str = "ext4") -> csi.VolumeCapability:
+    mode = csi.VolumeCapability.AccessMode(mode=csi.VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
+    if block:
+        return csi.VolumeCapability(block=csi.VolumeCapability.BlockVolume(), access_mode=mode)
+    mount = csi.VolumeCapability.MountVolume(fs_type=file_system)
+    return csi.VolumeCapability(mount=mount, access_mode=mode)
+
+
+def publish_context(volume: str) -> dict[str, str]:
+    return {
+        "nqn": volume_nqn(volume),
+        "hostNqn": host_nqn("n1"),
+        "hostId": host_id("n1"),
+        "endpoints": "127.0.1.1:4420,127.0.1.2:4420",
+    }
+
+
+@pytest.fixture
+async def node(tmp_path: Path):
+    made = Node(tmp_path)
+    yield made
+    for path in (made.target, made.staging / "mount"):
+        while mounted_at(str(path)) is not None:
+            subprocess.run(["umount", path], check=True)
+    for nqn in list(made.attacher.devices):
+        await made.attacher.detach(nqn)
+
+
+async def test_a_pod_writes_and_its_successor_reads(node: Node):
+    await node.stage()
+    await node.publish()
+    (node.target / "file").write_text("kept")
+    await node.unpublish()
+    await node.unstage()
+    assert not node.target.exists()
+    assert node.attacher.devices == {}
+    await node.stage()
+    await node.publish()
+    assert (node.target / "file").read_text() == "kept"
+
+
+async def test_every_call_may_be_made_ten_times_and_by_a_restarted_service(node: Node):
+    for _ in range(10):
+        await node.stage()
+        node.restarted()
+    for _ in range(10):
+        await node.publish()
+    assert (
+        len(
+            [
+                m
+                for m in mounts(Path("/proc/self/mountinfo").read_text())
+                if m.target == str(node.target)
+            ]
+        )
+        == 1
+    )
+    for _ in range(10):
+        await node.unpublish()
+    for _ in range(10):
+        await node.unstage()
+        node.restarted()
+
+
+async def test_a_foreign_file_system_is_never_overwritten(node: Node):
+    subprocess.run(["mkfs.ext2", "-q", "-F", node.file], check=True)
+    before = node.file.read_bytes()[:MIB]
+    with pytest.raises(FailedPrecondition, match="holds ext2"):
+        await node.stage()
+    assert node.file.read_bytes()[:MIB] == before
+
+
+async def test_a_restored_larger_volume_grows_its_file_system(node: Node):
+    subprocess.run(["mkfs.ext4", "-q", "-F", node.file, "32M"], check=True)
+    await node.stage()
+    await node.publish()
+    stats = os.statvfs(node.target)
+    assert stats.f_blocks * stats.f_frsize > 50 * MIB
+
+
+async def test_a_device_is_published_as_it_is(node: Node):
+    await node.stage(block=True)
+    await node.publish(block=True)
+    assert device_bytes(str(node.target)) == 64 * MIB
+    answer = await node.service.NodeGetVolumeStats(
+        csi.NodeGetVolumeStatsRequest(volume_id=VOLUME, volume_path=str(node.target)), None
+    )
+    assert answer.usage[0].total == 64 * MIB
+    await node.unpublish()
+    await node.unstage()
+
+
+async def test_online_growth_reaches_the_file_system(node: Node):
+    await node.stage()
+    await node.publish()
+    os.truncate(node.file, 128 * MIB)
+    await run("losetup", "--set-capacity", node.attacher.devices[volume_nqn(VOLUME)])
+    request = csi.NodeExpandVolumeRequest(volume_id=VOLUME, volume_path=str(node.target))
+    request.capacity_range.required_bytes = 128 * MIB
+    if has_capability(CAP_SYS_RESOURCE):
+        answer = await node.service.NodeExpandVolume(request, None)
+        assert answer.capacity_bytes == 128 * MIB
+    else:
+        # The kernel refuses to grow a mounted ext4; the message says so, and staging grows it.
+        with pytest.raises(FailedPrecondition, match="CAP_SYS_RESOURCE"):
+            await node.service.NodeExpandVolume(request, None)
+        await node.unpublish()
+        await node.unstage()
+        await node.stage()
+        await node.publish()
+    stats = os.statvfs(node.target)
+    assert stats.f_blocks * stats.f_frsize > 100 * MIB
+
+
+async def test_growth_that_has_not_arrived_is_said_and_not_claimed(node: Node):
+    await node.stage()
+    await node.publish()
+    request = csi.NodeExpandVolumeRequest(volume_id=VOLUME, volume_path=str(node.target))
+    request.capacity_range.required_bytes = 256 * MIB
+    with pytest.raises(FailedPrecondition, match="has not grown yet"):
+        await node.service.NodeExpandVolume(request, None)
+
+
+async def test_publishing_before_staging_is_refused(node: Node):
+    with pytest.raises(FailedPrecondition, match="stage it first"):
+        await node.publish()
+    assert not node.target.exists()
+
+
+async def test_a_context_of_another_volume_is_refused_before_anything_is_done(node: Node):
+    other = VOLUME.replace("1", "2")
+    with pytest.raises(InvalidArgument, match="not of volume"):
+        await node.stage(volume=other)
+    assert node.attacher.devices == {}
+
+
+async def test_a_second_call_on_the_same_volume_is_aborted(node: Node):
+    with node.service._locks.hold(VOLUME), pytest.raises(Aborted):
+        await node.stage()
+
+
+async def test_stats_of_what_is_not_there_are_not_found(node: Node):
+    for path in ("/nowhere", str(node.folder)):
+        with pytest.raises(NotFound):
+            await node.service.NodeGetVolumeStats(
+                csi.NodeGetVolumeStatsRequest(volume_id=VOLUME, volume_path=path), None
+            )
+
+
+async def test_node_info_names_the_node_and_where_it_is(node: Node):
+    info = await node.service.NodeGetInfo(csi.NodeGetInfoRequest(), None)
+    assert info.node_id == "n1"
+    assert info.accessible_topology.segments["zone"] == "a"
+    assert info.accessible_topology.segments["topology.csi.tercet.io/node"] == "n1"

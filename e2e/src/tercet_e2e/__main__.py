@@ -1,0 +1,69 @@
+"""`python -m tercet_e2e`: clusters, tiers of tests, reports."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tercet_e2e import commands, report, tiers
+from tercet_e2e.bench import run as benchmark
+from tercet_e2e.errors import E2eError
+from tercet_e2e.story import demo as story
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+commands.register(app)
+
+
+@app.command(name="test")
+def run_tiers(
+    tier: Annotated[str | None, typer.Option(help="Only this one.")] = None,
+) -> None:
+    """Run the tiers of tests; the last lines are a table of their times."""
+    raise typer.Exit(tiers.run(tier, Path.cwd()))
+
+
+@app.command()
+def tidy() -> None:
+    """Check what no other tool checks: the sizes of files."""
+    raise typer.Exit(tiers.tidy(Path.cwd()))
+
+
+@app.command()
+def demo(
+    lose_commit: Annotated[
+        bool, typer.Option("--lose-commit", help="Lose an acknowledged commit on purpose.")
+    ] = False,
+) -> None:
+    """Tell and check the story of a volume that survives its primary three times over."""
+    raise typer.Exit(asyncio.run(story.run(lose=lose_commit)))
+
+
+@app.command()
+def bench() -> None:
+    """Measure volumes beside the disk's own floor; writes build/bench.json."""
+    raise typer.Exit(asyncio.run(benchmark.run(Path.cwd())))
+
+
+@app.command(name="report")
+def print_report() -> None:
+    """Print build/bench.json and build/evidence.json as tables."""
+    raise typer.Exit(report.report(Path.cwd()))
+
+
+def main() -> None:
+    """The entry point: an error of ours is one line, not a traceback."""
+    try:
+        app()
+    except E2eError as error:
+        print(f"tercet-e2e: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

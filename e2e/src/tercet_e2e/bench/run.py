@@ -1,0 +1,79 @@
+"""Runs the benchmark: floor and volume in turns, round after round, then the idle processes.
+
+Medians of interleaved runs, so that a disk that slows down slows both. Writes build/bench.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tercet_e2e import report
+from tercet_e2e.bench import idle, volume
+from tercet_e2e.bench.cases import CASES, Case, row
+from tercet_e2e.bench.floor import fio, prewrite, round_trip_us
+from tercet_e2e.kubectl import Kubectl
+from tercet_e2e.local import LocalCluster, Programs
+
+ROUNDS = 3
+SECONDS = 3
+FILL_SECONDS = 12
+IDLE_SECONDS = 10.0
+SETTLE_SECONDS = 5.0
+FILL = Case("fill", "write", 128 * 1024, 8, False, "mib_per_s", 0, 0.0)
+
+
+async def run(root: Path) -> int:
+    """Measure and print; 0 also when a goal does not hold: the table says so."""
+    folder = Path(tempfile.mkdtemp(prefix="tercet-bench-"))
+    try:
+        async with LocalCluster(folder) as cluster:
+            await cluster.wait_ready()
+            rows = await _measure(cluster, folder / "floor")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    out = root / "build" / "bench.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+    return report.report(root)
+
+
+async def _measure(cluster: LocalCluster, file: Path) -> list[dict[str, Any]]:
+    kubectl = Kubectl(cluster.kubectl)
+    attach = str(Programs.find().attach)
+    made = await volume.make(kubectl)
+    print("writing the floor's file and the volume once over", flush=True)
+    await asyncio.to_thread(prewrite, file)
+    await volume.load(attach, made, FILL, FILL_SECONDS)
+    values: dict[str, list[float]] = {case.name: [] for case in CASES}
+    floors: dict[str, list[float]] = {case.name: [] for case in CASES}
+    trips = []
+    for number in range(1, ROUNDS + 1):
+        trips.append(await asyncio.to_thread(round_trip_us))
+        for case in CASES:
+            floors[case.name].append(await asyncio.to_thread(fio, file, case, SECONDS))
+            values[case.name].append(await volume.load(attach, made, case, SECONDS))
+            said = f"floor {floors[case.name][-1]:.1f}, volume {values[case.name][-1]:.1f}"
+            print(f"round {number} of {ROUNDS}: {case.name}: {said}", flush=True)
+    trip_us = sorted(trips)[len(trips) // 2]
+    rows = [row(case, values[case.name], floors[case.name], trip_us) for case in CASES]
+    print(f"idle for {SETTLE_SECONDS + IDLE_SECONDS:.0f} s", flush=True)
+    await asyncio.sleep(SETTLE_SECONDS)
+    rows += await asyncio.to_thread(idle.rows, _pids(cluster), IDLE_SECONDS)
+    await volume.remove(kubectl)
+    return rows
+
+
+def _pids(cluster: LocalCluster) -> dict[str, int]:
+    wanted = [(part, "") for part in ("operator", "csi-controller")]
+    wanted += [
+        (part, node)
+        for part in ("engine", "agent", "csi-node", "attach")
+        for node in sorted(cluster.nodes)
+    ]
+    found = {f"{part} {node}".strip(): cluster.pid(part, node) for part, node in wanted}
+    return {name: pid for name, pid in found.items() if pid is not None}

@@ -1,0 +1,1 @@
+"""Manifests that a local cluster gets, as files; `tercet_e2e.objects` applies them."""

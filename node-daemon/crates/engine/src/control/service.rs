@@ -1,0 +1,358 @@
+//! The calls of the control API.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tercet_nvmf::log::DiscoveryRecord;
+use tercet_nvmf::names::volume_nqn;
+use tercet_nvmf::target::DiscoveryEntry;
+use tercet_proto::disk::CHUNK_BLOCKS;
+use tercet_proto::{BLOCK_BYTES, NewReplica, NodeName, ReplicaId, VolumeId};
+use tercet_replication::api::{Control, ControlDone, Input, VolumeView};
+use tokio::sync::Notify;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::directory::Directory;
+use super::{convert, status};
+use crate::core::ToReactor;
+use crate::opener::Opener;
+use crate::outbox::{Outbox, SwapId};
+use crate::pb::engine as pb;
+use crate::plan::{Plan, PlanError};
+use crate::state;
+
+/// How long volumes may take to be handed over before an orderly stop.
+const HAND_OVER: Duration = Duration::from_secs(3);
+/// Bytes of a row of `Storage::chunk_sums`.
+const CHUNK_SUM_BYTES: usize = 12;
+
+/// The control API of one engine.
+pub struct Service {
+    directory: Arc<Directory>,
+    outbox: Arc<Outbox>,
+    opener: Opener,
+    state_dir: PathBuf,
+    views: Mutex<BTreeMap<VolumeId, Known>>,
+    stop: Arc<Notify>,
+}
+
+/// What the agent told of a volume: for the discovery log.
+struct Known {
+    nodes: Vec<NodeName>,
+    hosts: BTreeSet<String>,
+}
+
+impl Service {
+    /// Of an engine whose state directory this is; `stop` is told when it shall end.
+    pub fn new(
+        directory: Arc<Directory>,
+        outbox: Arc<Outbox>,
+        opener: Opener,
+        state_dir: PathBuf,
+        stop: Arc<Notify>,
+    ) -> Self {
+        Self { directory, outbox, opener, state_dir, views: Mutex::default(), stop }
+    }
+
+    /// Carries out a plan: at start the remembered one, later the agent's.
+    pub fn carry_out(&self, plan: Plan) -> Result<(), Status> {
+        let plan = Arc::new(plan);
+        self.directory.set_plan(Arc::clone(&plan));
+        for reactor in 0..self.directory.reactors.0.len() {
+            self.directory.reactors.post(reactor, ToReactor::Plan(Arc::clone(&plan)))?;
+        }
+        self.opener.open(&plan);
+        Ok(())
+    }
+
+    /// Hands over what this engine leads and gives its leases back, for a bounded time.
+    pub async fn hand_over_all(&self) {
+        let Some(plan) = self.directory.plan() else {
+            return;
+        };
+        for shard in 0..plan.shards() {
+            let asked = self.directory.ask_shard(shard, Control::Stop, HAND_OVER).await;
+            if let Err(error) = asked {
+                warn!(shard, %error, "not everything was handed over");
+            }
+        }
+    }
+
+    fn know(&self, volume: VolumeId, view: &VolumeView) -> Result<(), Status> {
+        let nodes = view.config.iter().flat_map(|config| &config.members);
+        let known = Known {
+            nodes: nodes.map(|member| member.node.clone()).collect(),
+            hosts: view.attachments.iter().map(|one| one.host_nqn.clone()).collect(),
+        };
+        let entries = {
+            let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+            views.insert(volume, known);
+            self.discovery(&views)
+        };
+        for reactor in 0..self.directory.reactors.0.len() {
+            self.directory.reactors.post(reactor, ToReactor::Discovery(entries.clone()))?;
+        }
+        Ok(())
+    }
+
+    /// Where every volume is to be had, and who may see it.
+    fn discovery(&self, views: &BTreeMap<VolumeId, Known>) -> Vec<DiscoveryEntry> {
+        let Some(plan) = self.directory.plan() else {
+            return Vec::new();
+        };
+        // Nodes of one cluster use the same ports.
+        let port = plan.ports.nvme_tcp;
+        let mut addresses = BTreeMap::from([(self.directory.node.as_str(), (plan.address, 1))]);
+        for (port_id, peer) in (2..).zip(&plan.peers) {
+            addresses.insert(&peer.node, (peer.address.ip(), port_id));
+        }
+        let mut entries = Vec::new();
+        for (volume, known) in views {
+            for node in &known.nodes {
+                let Some(&(address, port_id)) = addresses.get(node.as_str()) else {
+                    continue;
+                };
+                let subsystem_nqn = volume_nqn(*volume);
+                let record = DiscoveryRecord { subsystem_nqn, address, port, port_id };
+                entries.push(DiscoveryEntry { record, hosts: known.hosts.clone() });
+            }
+        }
+        entries
+    }
+
+    fn configured(&self) -> Result<Arc<Plan>, Status> {
+        self.directory.plan().ok_or_else(|| Status::unavailable("not configured yet"))
+    }
+}
+
+fn plan_refusal(error: &PlanError) -> Status {
+    let text = error.to_string();
+    match error {
+        PlanError::Invalid { .. } => Status::invalid_argument(text),
+        PlanError::Unsupported { .. } => Status::unimplemented(text),
+        PlanError::Contradicts { .. } => Status::failed_precondition(text),
+    }
+}
+
+fn place(done: &ControlDone) -> Response<pb::PlaceResponse> {
+    let ControlDone::Place(place) = done else {
+        unreachable!("an entry of the log is answered with its place, not {done:?}")
+    };
+    Response::new(pb::PlaceResponse { epoch: place.epoch.0, lsn: place.lsn.0 })
+}
+
+type Events = Pin<Box<dyn Stream<Item = Result<pb::EngineEvent, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl pb::engine_server::Engine for Service {
+    type EventsStream = Events;
+
+    async fn configure(
+        &self,
+        request: Request<pb::ConfigureRequest>,
+    ) -> Result<Response<pb::ConfigureResponse>, Status> {
+        let request = request.into_inner();
+        let current = self.directory.plan();
+        let reactors = u16::try_from(self.directory.reactors.0.len()).expect("few reactors");
+        let node = self.directory.node.as_str();
+        let plan = Plan::check(&request, node, reactors, current.as_deref()).map_err(|error| {
+            warn!(%error, "the agent's configuration is refused");
+            plan_refusal(&error)
+        })?;
+        if current.as_deref() != Some(&plan) {
+            state::save(&self.state_dir, &plan).map_err(|e| Status::internal(e.to_string()))?;
+            info!(devices = plan.devices.len(), peers = plan.peers.len(), "configured");
+            self.carry_out(plan)?;
+        }
+        let instance = self.directory.instance.to_string();
+        Ok(Response::new(pb::ConfigureResponse { instance }))
+    }
+
+    async fn observe_volume(
+        &self,
+        request: Request<pb::ObserveVolumeRequest>,
+    ) -> Result<Response<pb::ObserveVolumeResponse>, Status> {
+        let request = request.into_inner();
+        self.configured()?;
+        let volume = convert::volume(&request.volume)?;
+        let view =
+            request.view.as_ref().ok_or_else(|| Status::invalid_argument("view: missing"))?;
+        let view = convert::view(view)?;
+        self.know(volume, &view)?;
+        self.outbox.view_came(volume, view.fence, view.consistent);
+        self.directory.input(volume, Input::Observe(volume, view))?;
+        Ok(Response::new(pb::ObserveVolumeResponse {}))
+    }
+
+    async fn create_replica(
+        &self,
+        request: Request<pb::CreateReplicaRequest>,
+    ) -> Result<Response<pb::CreateReplicaResponse>, Status> {
+        let request = request.into_inner();
+        let volume = convert::volume(&request.volume)?;
+        let source = match &request.source {
+            Some(source) => {
+                let from = convert::volume(&source.volume)?;
+                if self.directory.shard_of(from)? != self.directory.shard_of(volume)? {
+                    let why = "the source's replica is on another shard of this engine: a clone \
+                               across shards is not possible yet";
+                    return Err(Status::failed_precondition(why));
+                }
+                Some((from, convert::snapshot(&source.snapshot)?))
+            }
+            None => None,
+        };
+        let new = NewReplica {
+            volume,
+            replica: ReplicaId(Uuid::new_v4()),
+            name: request.name,
+            size_blocks: convert::blocks("size_bytes", request.size_bytes)?,
+            source,
+        };
+        match self.directory.ask(volume, Control::CreateReplica(new)).await? {
+            ControlDone::Replica(replica) => {
+                let replica = replica.to_string();
+                Ok(Response::new(pb::CreateReplicaResponse { replica }))
+            }
+            other => unreachable!("a replica's id answers its creation, not {other:?}"),
+        }
+    }
+
+    async fn delete_replica(
+        &self,
+        request: Request<pb::DeleteReplicaRequest>,
+    ) -> Result<Response<pb::DeleteReplicaResponse>, Status> {
+        let request = request.into_inner();
+        let volume = convert::volume(&request.volume)?;
+        let replica = convert::replica(&request.replica)?;
+        self.directory.ask(volume, Control::DeleteReplica(volume, replica)).await?;
+        self.views.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume);
+        self.outbox.forget(volume);
+        Ok(Response::new(pb::DeleteReplicaResponse {}))
+    }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<pb::SnapshotRequest>,
+    ) -> Result<Response<pb::PlaceResponse>, Status> {
+        let request = request.into_inner();
+        let volume = convert::volume(&request.volume)?;
+        let snapshot = convert::snapshot(&request.snapshot)?;
+        let done = self.directory.ask(volume, Control::Snapshot(volume, snapshot)).await?;
+        Ok(place(&done))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<pb::SnapshotRequest>,
+    ) -> Result<Response<pb::PlaceResponse>, Status> {
+        let request = request.into_inner();
+        let volume = convert::volume(&request.volume)?;
+        let snapshot = convert::snapshot(&request.snapshot)?;
+        let done = self.directory.ask(volume, Control::SnapshotDelete(volume, snapshot)).await?;
+        Ok(place(&done))
+    }
+
+    async fn grow(
+        &self,
+        request: Request<pb::GrowRequest>,
+    ) -> Result<Response<pb::PlaceResponse>, Status> {
+        let request = request.into_inner();
+        let volume = convert::volume(&request.volume)?;
+        let size = convert::blocks("size_bytes", request.size_bytes)?;
+        let done = self.directory.ask(volume, Control::Grow(volume, size)).await?;
+        Ok(place(&done))
+    }
+
+    async fn hand_over(
+        &self,
+        request: Request<pb::HandOverRequest>,
+    ) -> Result<Response<pb::HandOverResponse>, Status> {
+        let request = request.into_inner();
+        let volume = convert::volume(&request.volume)?;
+        let to = request.to_node.as_deref().map(NodeName::new);
+        self.directory.ask(volume, Control::HandOver(volume, to)).await?;
+        Ok(Response::new(pb::HandOverResponse {}))
+    }
+
+    async fn chunk_sums(
+        &self,
+        request: Request<pb::ChunkSumsRequest>,
+    ) -> Result<Response<pb::ChunkSumsResponse>, Status> {
+        let volume = convert::volume(&request.into_inner().volume)?;
+        let done = self.directory.ask(volume, Control::ChunkSums(volume)).await?;
+        let ControlDone::ChunkSums(place, pieces) = done else {
+            unreachable!("sums answer a request for sums, not {done:?}")
+        };
+        let rows: Vec<u8> = pieces.iter().flat_map(|piece| piece.iter().copied()).collect();
+        let sum = |row: &[u8]| pb::ChunkSum {
+            index: u64::from_le_bytes(row[..8].try_into().expect("eight bytes")),
+            crc32c: u32::from_le_bytes(row[8..].try_into().expect("four bytes")),
+        };
+        Ok(Response::new(pb::ChunkSumsResponse {
+            epoch: place.epoch.0,
+            lsn: place.lsn.0,
+            sums: rows.chunks_exact(CHUNK_SUM_BYTES).map(sum).collect(),
+            chunk_bytes: CHUNK_BLOCKS as u64 * BLOCK_BYTES as u64,
+        }))
+    }
+
+    async fn events(
+        &self,
+        _: Request<pb::EventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        let outbox = Arc::clone(&self.outbox);
+        let subscription = outbox.subscribe();
+        let (sender, receiver) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Some(request) = outbox.next(subscription).await {
+                if sender.send(Ok(status::event(request))).await.is_err() {
+                    return;
+                }
+            }
+            let ended = Status::cancelled("a newer subscriber has come");
+            // It may be gone already, which is as well.
+            let _ = sender.send(Err(ended)).await;
+        });
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn report_swap(
+        &self,
+        request: Request<pb::ReportSwapRequest>,
+    ) -> Result<Response<pb::ReportSwapResponse>, Status> {
+        let request = request.into_inner();
+        let id = SwapId::from_wire(request.token);
+        let outcome = convert::outcome(&request)?;
+        // A swap that was answered before, or asked by an instance that is dead: idempotent.
+        if let Some(volume) = self.outbox.swap_volume(id) {
+            self.directory.input(volume, Input::Swapped(id.token, outcome))?;
+            self.outbox.swap_answered(id);
+        }
+        Ok(Response::new(pb::ReportSwapResponse {}))
+    }
+
+    async fn status(
+        &self,
+        _: Request<pb::StatusRequest>,
+    ) -> Result<Response<pb::StatusResponse>, Status> {
+        let reactors = self.directory.statuses().await?;
+        Ok(Response::new(status::response(&self.directory, &reactors)))
+    }
+
+    async fn stop(
+        &self,
+        _: Request<pb::StopRequest>,
+    ) -> Result<Response<pb::StopResponse>, Status> {
+        self.hand_over_all().await;
+        self.stop.notify_one();
+        Ok(Response::new(pb::StopResponse {}))
+    }
+}

@@ -1,0 +1,19 @@
+//! The engine of a node: the process around the state machines of the other crates.
+//!
+//! `tercet-engine` is a supervisor and a worker. The worker has one thread for each reactor, which
+//! owns shards, links and hosts ([`core`]), and a control thread that speaks gRPC with the agent
+//! ([`control`]). Nothing is shared between reactors but a table of postboxes.
+
+pub mod args;
+pub mod attach;
+pub mod control;
+pub mod core;
+pub mod host;
+pub mod logging;
+pub mod opener;
+pub mod outbox;
+pub mod pb;
+pub mod plan;
+pub mod state;
+pub mod supervisor;
+pub mod worker;

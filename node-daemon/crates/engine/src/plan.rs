@@ -1,0 +1,261 @@
+//! What the agent's Configure says, checked: where to listen, where to keep data, who the peers
+//! are. Plain data; `state` remembers it, `opener` and the reactors carry it out.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::pb::engine as pb;
+
+/// Most devices of an engine.
+pub const DEVICES_MAX: usize = 16;
+/// Most peers of an engine.
+pub const PEERS_MAX: usize = 1024;
+/// A device's capacity is a multiple of this, and at least `DEVICE_BYTES_MIN`.
+pub const DEVICE_STEP_BYTES: u64 = 4 << 20;
+/// The smallest device.
+pub const DEVICE_BYTES_MIN: u64 = 256 << 20;
+
+/// A checked Configure.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The cluster's UUID.
+    pub cluster: Uuid,
+    /// Address to listen on.
+    pub address: IpAddr,
+    /// Ports to listen on.
+    pub ports: Ports,
+    /// Devices in the order that numbers their shards; never reordered.
+    pub devices: Vec<DevicePlan>,
+    /// Shards on each device, fixed at the first Configure.
+    pub shards_per_device: u16,
+    /// Every other node.
+    pub peers: Vec<PeerPlan>,
+}
+
+/// Ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ports {
+    /// NVMe/TCP.
+    pub nvme_tcp: u16,
+    /// NVMe/TCP discovery.
+    pub discovery: u16,
+    /// Replication links.
+    pub replication: u16,
+}
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevicePlan {
+    /// Its name within the `StorageNode`.
+    pub id: String,
+    /// Where it is.
+    pub source: DeviceSource,
+}
+
+/// Where a device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceSource {
+    /// A file, made when absent.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Its size.
+        capacity_bytes: u64,
+    },
+    /// A block device.
+    Block {
+        /// Its path.
+        path: PathBuf,
+    },
+}
+
+/// A peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerPlan {
+    /// Its `StorageNode`'s name.
+    pub node: String,
+    /// Where its engine listens for links.
+    pub address: SocketAddr,
+}
+
+/// What is wrong with a Configure.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PlanError {
+    /// A field that can never be so.
+    #[error("{field}: {why}")]
+    Invalid {
+        /// The field.
+        field: String,
+        /// Why not.
+        why: String,
+    },
+    /// Something that this engine cannot do.
+    #[error("{field}: {why}")]
+    Unsupported {
+        /// The field.
+        field: String,
+        /// Why not.
+        why: String,
+    },
+    /// It contradicts what this engine already keeps data by.
+    #[error("{field}: {why}")]
+    Contradicts {
+        /// The field.
+        field: String,
+        /// Why not.
+        why: String,
+    },
+}
+
+fn invalid(field: impl Into<String>, why: impl Into<String>) -> PlanError {
+    PlanError::Invalid { field: field.into(), why: why.into() }
+}
+
+fn contradicts(field: &str, why: impl Into<String>) -> PlanError {
+    PlanError::Contradicts { field: field.to_owned(), why: why.into() }
+}
+
+impl Plan {
+    /// Checks a Configure for the engine of `node`, which keeps `current` by now.
+    pub fn check(
+        request: &pb::ConfigureRequest,
+        node: &str,
+        reactors: u16,
+        current: Option<&Self>,
+    ) -> Result<Self, PlanError> {
+        if request.node != node {
+            let why = format!("this is the engine of {node}, not of {}", request.node);
+            return Err(invalid("node", why));
+        }
+        match request.link_security() {
+            pb::LinkSecurity::Plain => {}
+            pb::LinkSecurity::Unspecified => {
+                return Err(invalid("link_security", "must be chosen"));
+            }
+        }
+        let plan = Self {
+            cluster: Uuid::parse_str(&request.cluster_id)
+                .map_err(|error| invalid("cluster_id", error.to_string()))?,
+            address: address("address", &request.address)?,
+            ports: ports(request.ports.as_ref())?,
+            devices: devices(&request.devices)?,
+            shards_per_device: current.map_or(reactors, |plan| plan.shards_per_device),
+            peers: peers(&request.peers, node)?,
+        };
+        if let Some(current) = current {
+            plan.follows(current)?;
+        }
+        Ok(plan)
+    }
+
+    fn follows(&self, current: &Self) -> Result<(), PlanError> {
+        if self.cluster != current.cluster {
+            let why = format!("the data here belongs to cluster {}", current.cluster);
+            return Err(contradicts("cluster_id", why));
+        }
+        if self.devices != current.devices {
+            let why = "the devices of an engine cannot be changed: its volumes are spread over \
+                       them by number";
+            return Err(contradicts("devices", why));
+        }
+        Ok(())
+    }
+
+    /// Shards of this engine.
+    pub fn shards(&self) -> u16 {
+        u16::try_from(self.devices.len()).expect("at most 16 devices") * self.shards_per_device
+    }
+}
+
+fn address(field: &str, text: &str) -> Result<IpAddr, PlanError> {
+    text.parse().map_err(|_| invalid(field, format!("{text:?} is no IP address")))
+}
+
+fn port(field: &str, value: u32) -> Result<u16, PlanError> {
+    match u16::try_from(value) {
+        Ok(port) if port > 0 => Ok(port),
+        _ => Err(invalid(field, format!("{value} is no port"))),
+    }
+}
+
+fn ports(ports: Option<&pb::Ports>) -> Result<Ports, PlanError> {
+    let ports = ports.ok_or_else(|| invalid("ports", "missing"))?;
+    let checked = Ports {
+        nvme_tcp: port("ports.nvme_tcp", ports.nvme_tcp)?,
+        discovery: port("ports.discovery", ports.discovery)?,
+        replication: port("ports.replication", ports.replication)?,
+    };
+    let distinct = BTreeSet::from([checked.nvme_tcp, checked.discovery, checked.replication]);
+    if distinct.len() == 3 { Ok(checked) } else { Err(invalid("ports", "must be three")) }
+}
+
+fn devices(devices: &[pb::Device]) -> Result<Vec<DevicePlan>, PlanError> {
+    if devices.is_empty() || devices.len() > DEVICES_MAX {
+        return Err(invalid("devices", format!("1 to {DEVICES_MAX}, not {}", devices.len())));
+    }
+    let mut ids = BTreeSet::new();
+    let mut checked = Vec::new();
+    for device in devices {
+        let field = format!("devices[{}]", device.id);
+        if device.id.is_empty() || !ids.insert(device.id.as_str()) {
+            return Err(invalid(field, "each needs an id of its own"));
+        }
+        checked.push(DevicePlan { id: device.id.clone(), source: source(&field, device)? });
+    }
+    Ok(checked)
+}
+
+fn source(field: &str, device: &pb::Device) -> Result<DeviceSource, PlanError> {
+    use pb::device::Source;
+    match device.source.as_ref() {
+        Some(Source::File(file)) => {
+            let bytes = file.capacity_bytes;
+            if bytes < DEVICE_BYTES_MIN || !bytes.is_multiple_of(DEVICE_STEP_BYTES) {
+                let why = format!(
+                    "capacity_bytes {bytes}: at least {DEVICE_BYTES_MIN}, and a multiple of \
+                     {DEVICE_STEP_BYTES}"
+                );
+                return Err(invalid(field, why));
+            }
+            let path = absolute(field, &file.path)?;
+            Ok(DeviceSource::File { path, capacity_bytes: bytes })
+        }
+        Some(Source::Path(path)) => Ok(DeviceSource::Block { path: absolute(field, path)? }),
+        Some(Source::Nguid(_)) => Err(PlanError::Unsupported {
+            field: field.to_owned(),
+            why: "this engine finds devices by path only, not yet by NGUID".to_owned(),
+        }),
+        None => Err(invalid(field, "needs a file, a path or an NGUID")),
+    }
+}
+
+fn absolute(field: &str, path: &str) -> Result<PathBuf, PlanError> {
+    if path.starts_with('/') {
+        Ok(PathBuf::from(path))
+    } else {
+        Err(invalid(field, format!("{path:?} is no absolute path")))
+    }
+}
+
+fn peers(peers: &[pb::Peer], node: &str) -> Result<Vec<PeerPlan>, PlanError> {
+    if peers.len() > PEERS_MAX {
+        return Err(invalid("peers", format!("at most {PEERS_MAX}")));
+    }
+    let mut nodes = BTreeSet::from([node]);
+    let mut checked = Vec::new();
+    for peer in peers {
+        let field = format!("peers[{}]", peer.node);
+        if peer.node.is_empty() || !nodes.insert(peer.node.as_str()) {
+            return Err(invalid(field, "each needs a name of its own, and not this node's"));
+        }
+        let ip = address(&field, &peer.address)?;
+        let port = port(&field, peer.replication_port)?;
+        checked.push(PeerPlan { node: peer.node.clone(), address: SocketAddr::new(ip, port) });
+    }
+    Ok(checked)
+}

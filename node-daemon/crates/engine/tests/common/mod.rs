@@ -1,0 +1,297 @@
+//! Three real engines on loopback addresses, and an agent for each that follows one object store in
+//! memory: what the API server and the agents are to the engines, in two hundred lines.
+
+#![allow(dead_code)] // each test binary uses its part
+
+pub mod agent;
+pub mod objects;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use agent::Agent;
+use objects::Objects;
+use tercet_engine::pb::engine as pb;
+use tercet_proto::VolumeId;
+use uuid::Uuid;
+
+/// How long anything may take that a test waits for.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const DEVICE_BYTES: u64 = 256 << 20;
+
+/// Runs what blocks beside the agents.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.expect("the work does not panic")
+}
+
+/// Three nodes.
+pub struct Cluster {
+    pub dir: PathBuf,
+    pub objects: Arc<Objects>,
+    pub nodes: Vec<Node>,
+    ports: pb::Ports,
+    id: Uuid,
+}
+
+pub struct Node {
+    pub name: String,
+    pub address: IpAddr,
+    pub dir: PathBuf,
+    pub socket: PathBuf,
+    pub supervisor: Child,
+    pub agent: Option<Agent>,
+}
+
+impl Node {
+    /// Pid of the engine proper.
+    pub fn engine_pid(&self) -> Option<i32> {
+        let text = std::fs::read_to_string(self.dir.join("instance")).ok()?;
+        let value: serde_json::Value = serde_json::from_str(&text).ok()?;
+        i32::try_from(value["pid"].as_i64()?).ok()
+    }
+
+    pub fn kill_engine(&self) -> i32 {
+        let pid = self.engine_pid().expect("an engine runs");
+        let raw = rustix::process::Pid::from_raw(pid).expect("a pid");
+        rustix::process::kill_process(raw, rustix::process::Signal::KILL).expect("killed");
+        pid
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+}
+
+/// Three ports that are free on every address from 127.0.0.1 on.
+fn free_ports() -> pb::Ports {
+    let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let sockets = [0; 3].map(|_| TcpListener::bind(any).expect("a free port"));
+    let [a, b, c] = sockets.map(|s| u32::from(s.local_addr().expect("its port").port()));
+    pb::Ports { nvme_tcp: a, discovery: b, replication: c }
+}
+
+pub fn spawn(dir: &Path, name: &str, socket: &Path, reactors: usize) -> Child {
+    let log = File::options().create(true).append(true).open(dir.join("log")).expect("a log");
+    Command::new(env!("CARGO_BIN_EXE_tercet-engine"))
+        .args(["supervise", "--node", name, "--reactors", &reactors.to_string(), "--socket"])
+        .arg(socket)
+        .arg("--state-dir")
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("a supervisor")
+}
+
+impl Cluster {
+    pub fn start(name: &str) -> Self {
+        Self::with_reactors(name, 1)
+    }
+
+    pub fn with_reactors(name: &str, reactors: usize) -> Self {
+        let mut cluster = Self::prepare(name, reactors, |_, _| {});
+        cluster.start_agents();
+        cluster
+    }
+
+    /// Engines that are told nothing yet; `prepare` sees each node's folder before its start.
+    pub fn prepare(name: &str, reactors: usize, prepare: impl Fn(u8, &Path)) -> Self {
+        let unique = format!("tercet-{name}-{}", std::process::id());
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(unique);
+        let ports = free_ports();
+        let mut cluster = Self {
+            dir,
+            objects: Arc::new(Objects::default()),
+            nodes: Vec::new(),
+            ports,
+            id: Uuid::new_v4(),
+        };
+        for number in 1..=3_u8 {
+            let name = format!("node-{number}");
+            let dir = cluster.dir.join(&name);
+            std::fs::create_dir_all(&dir).expect("a folder");
+            prepare(number - 1, &dir);
+            // Short: a socket's path is.
+            let socket = std::env::temp_dir().join(format!("{}.sock", Uuid::new_v4().simple()));
+            let supervisor = spawn(&dir, &name, &socket, reactors);
+            let address = IpAddr::V4(Ipv4Addr::new(127, 0, 0, number));
+            let node = Node { name, address, dir, socket, supervisor, agent: None };
+            cluster.nodes.push(node);
+        }
+        cluster
+    }
+
+    pub fn start_agents(&mut self) {
+        for number in 0..3 {
+            let agent = self.agent(number);
+            self.nodes[number].agent = Some(agent);
+        }
+    }
+
+    pub fn configure_request(&self, number: usize) -> pb::ConfigureRequest {
+        let node = &self.nodes[number];
+        let path = node.dir.join("device").display().to_string();
+        let file = pb::FileDevice { path, capacity_bytes: DEVICE_BYTES };
+        let device = pb::Device { id: "d0".into(), source: Some(pb::device::Source::File(file)) };
+        let peer = |other: &Node| pb::Peer {
+            node: other.name.clone(),
+            address: other.address.to_string(),
+            replication_port: self.ports.replication,
+        };
+        let peers = self.nodes.iter().filter(|other| other.name != node.name).map(peer);
+        pb::ConfigureRequest {
+            node: node.name.clone(),
+            cluster_id: self.id.to_string(),
+            address: node.address.to_string(),
+            ports: Some(self.ports),
+            devices: vec![device],
+            peers: peers.collect(),
+            link_security: pb::LinkSecurity::Plain.into(),
+        }
+    }
+
+    fn agent(&self, number: usize) -> Agent {
+        let node = &self.nodes[number];
+        let configure = self.configure_request(number);
+        Agent::start(node.socket.clone(), configure, Arc::clone(&self.objects))
+    }
+
+    pub fn agent_of(&self, number: usize) -> &Agent {
+        self.nodes[number].agent.as_ref().expect("every node has an agent")
+    }
+
+    /// NVMe/TCP addresses, by node.
+    pub fn paths(&self) -> Vec<SocketAddr> {
+        let port = u16::try_from(self.ports.nvme_tcp).expect("a port");
+        self.nodes.iter().map(|node| SocketAddr::new(node.address, port)).collect()
+    }
+
+    pub fn port(&self, of: impl Fn(&pb::Ports) -> u32) -> u16 {
+        u16::try_from(of(&self.ports)).expect("a port")
+    }
+
+    /// Makes a volume as the operator does: a replica on each node, then the first configuration.
+    pub async fn create_volume(&self, size_bytes: u64, host_nqn: &str) -> Uuid {
+        self.create_volume_of_shard(0, 1, size_bytes, host_nqn).await
+    }
+
+    /// One whose replicas are on shard `shard` of `shards`.
+    pub async fn create_volume_of_shard(
+        &self,
+        shard: u16,
+        shards: u16,
+        size_bytes: u64,
+        host_nqn: &str,
+    ) -> Uuid {
+        let mut ids = std::iter::repeat_with(Uuid::new_v4);
+        let volume = ids.find(|&id| VolumeId(id).shard(shards) == shard).expect("endless");
+        let mut members = Vec::new();
+        for node in &self.nodes {
+            let agent = node.agent.as_ref().expect("an agent");
+            let request = pb::CreateReplicaRequest {
+                volume: volume.to_string(),
+                name: "pvc-test".into(),
+                size_bytes,
+                source: None,
+            };
+            let replica = agent.create_replica(request).await;
+            members.push(pb::Member { node: node.name.clone(), replica });
+        }
+        let first = self.nodes[0].agent.as_ref().expect("an agent");
+        let primary =
+            pb::Primary { node: self.nodes[0].name.clone(), instance: first.instance().await };
+        let config = pb::Config {
+            epoch: 1,
+            state: pb::config::State::Recovering.into(),
+            primary: Some(primary),
+            members,
+            ..pb::Config::default()
+        };
+        self.objects.create(volume, size_bytes, host_nqn, config);
+        volume
+    }
+
+    /// Which node serves the volume now.
+    pub async fn serving(&self, volume: Uuid) -> Option<usize> {
+        for number in 0..self.nodes.len() {
+            let Some(status) = self.agent_of(number).status().await else {
+                continue;
+            };
+            let id = volume.to_string();
+            if status.replicas.iter().any(|replica| replica.volume == id && replica.serving) {
+                return Some(number);
+            }
+        }
+        None
+    }
+
+    pub async fn wait_serving(&self, volume: Uuid, but: Option<usize>) -> usize {
+        let start = Instant::now();
+        loop {
+            if let Some(number) = self.serving(volume).await
+                && Some(number) != but
+            {
+                return number;
+            }
+            let logs = || self.logs();
+            assert!(start.elapsed() < PATIENCE, "nobody serves {volume}: {}", logs());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn logs(&self) -> String {
+        let one = |node: &Node| {
+            let log = node.log();
+            let lines: Vec<_> = log.lines().rev().take(60).collect();
+            let lines: Vec<_> = lines.into_iter().rev().collect();
+            format!("\n== {}\n{}", node.name, lines.join("\n"))
+        };
+        self.nodes.iter().map(one).collect()
+    }
+
+    /// The checksums of a volume on each node, once all have applied the same place.
+    pub async fn equal_sums(&self, volume: Uuid) -> BTreeMap<u64, u32> {
+        let start = Instant::now();
+        loop {
+            let mut all = Vec::new();
+            for number in 0..self.nodes.len() {
+                all.push(self.agent_of(number).chunk_sums(volume).await);
+            }
+            let first = all[0].clone();
+            if let Some(first) = first
+                && all.iter().all(|sums| sums.as_ref() == Some(&first))
+            {
+                return first.sums.iter().map(|sum| (sum.index, sum.crc32c)).collect();
+            }
+            if start.elapsed() > PATIENCE {
+                let places: Vec<_> = all
+                    .iter()
+                    .map(|s| s.as_ref().map(|s| (s.epoch, s.lsn, s.sums.len())))
+                    .collect();
+                panic!("the replicas of {volume} stay different: {places:?} {}", self.logs());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for node in &mut self.nodes {
+            // The engine dies with its supervisor.
+            let _ = node.supervisor.kill();
+            let _ = node.supervisor.wait();
+            let _ = std::fs::remove_file(&node.socket);
+        }
+        if std::thread::panicking() {
+            eprintln!("logs are kept below {}", self.dir.display());
+        } else {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Volume objects in memory: compare-and-swap of a configuration, and a watch.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use tercet_engine::pb::engine as pb;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+#[derive(Clone, Debug)]
+pub struct Object {
+    pub config: pb::Config,
+    pub size_bytes: u64,
+    pub host_nqn: String,
+    pub generation: u64,
+}
+
+impl Object {
+    pub fn view(&self, consistent: bool) -> pb::VolumeView {
+        let attachment = pb::Attachment {
+            node: "client".into(),
+            host_nqn: self.host_nqn.clone(),
+            read_only: false,
+        };
+        pb::VolumeView {
+            config: Some(self.config.clone()),
+            attachments: vec![attachment],
+            size_bytes: self.size_bytes,
+            fence: None,
+            consistent,
+            generation: self.generation,
+        }
+    }
+}
+
+pub struct Objects {
+    all: Mutex<BTreeMap<Uuid, Object>>,
+    changes: watch::Sender<u64>,
+}
+
+impl Default for Objects {
+    fn default() -> Self {
+        Self { all: Mutex::default(), changes: watch::Sender::new(0) }
+    }
+}
+
+impl Objects {
+    pub fn create(&self, volume: Uuid, size_bytes: u64, host_nqn: &str, config: pb::Config) {
+        let host_nqn = host_nqn.to_owned();
+        let object = Object { config, size_bytes, host_nqn, generation: 1 };
+        self.all.lock().expect("no panic inside").insert(volume, object);
+        self.changes.send_modify(|number| *number += 1);
+    }
+
+    /// The swap took place, or not; and the object as it is now.
+    pub fn swap(&self, volume: Uuid, old: &pb::Config, new: pb::Config) -> Option<(bool, Object)> {
+        let mut all = self.all.lock().expect("no panic inside");
+        let object = all.get_mut(&volume)?;
+        let swapped = object.config == *old;
+        if swapped {
+            object.config = new;
+            self.changes.send_modify(|number| *number += 1);
+        }
+        Some((swapped, object.clone()))
+    }
+
+    pub fn all(&self) -> Vec<(Uuid, Object)> {
+        let all = self.all.lock().expect("no panic inside");
+        all.iter().map(|(volume, object)| (*volume, object.clone())).collect()
+    }
+
+    pub fn get(&self, volume: Uuid) -> Option<Object> {
+        self.all.lock().expect("no panic inside").get(&volume).cloned()
+    }
+
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+}

@@ -1,0 +1,179 @@
+//! Three real engines, real sockets, real files, the user-space host; only the objects are in
+//! memory. What a host was told is written is there, whoever is killed.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use common::{Cluster, blocking};
+use tercet_engine::host::{Host, HostOptions, Operation};
+use tercet_nvmf::names::volume_nqn;
+use tercet_proto::{BLOCK_BYTES, BlockRange, VolumeId};
+use uuid::Uuid;
+
+const HOST: &str = "nqn.2026-11.io.tercet:host:test";
+const MIB: u64 = 1 << 20;
+
+async fn attach(cluster: &Cluster, volume: Uuid) -> Arc<Host> {
+    let mut options = HostOptions::new(&volume_nqn(VolumeId(volume)), HOST, [7; 16]);
+    options.endpoints = cluster.paths();
+    let host = Arc::new(Host::connect(options).expect("a host"));
+    let waiting = Arc::clone(&host);
+    let ready = blocking(move || waiting.wait_ready(Duration::from_secs(20))).await;
+    assert!(ready.is_some(), "no path is usable: {:?} {}", host.status(), cluster.logs());
+    host
+}
+
+/// Runs what a host's user does beside the agents.
+async fn with_host<T: Send + 'static>(
+    host: &Arc<Host>,
+    work: impl FnOnce(&Host) -> T + Send + 'static,
+) -> T {
+    let host = Arc::clone(host);
+    blocking(move || work(&host)).await
+}
+
+fn range(start: u64, count: u32) -> BlockRange {
+    BlockRange { start, count }
+}
+
+/// A block that says what it is.
+fn stamp(block: u64, round: u64) -> Bytes {
+    let mut bytes = vec![0; BLOCK_BYTES];
+    for (index, piece) in (0_u64..).zip(bytes.chunks_exact_mut(8)) {
+        piece.copy_from_slice(&(block ^ (round << 32) ^ (index << 48)).to_le_bytes());
+    }
+    Bytes::from(bytes)
+}
+
+fn write(host: &Host, block: u64, round: u64) {
+    host.run(Operation::Write(range(block, 1), stamp(block, round))).expect("written");
+}
+
+fn check(host: &Host, block: u64, round: u64) {
+    let pieces = host.run(Operation::Read(range(block, 1))).expect("read");
+    let bytes: Vec<u8> = pieces.concat();
+    assert!(bytes == stamp(block, round), "block {block} is not that of round {round}");
+}
+
+#[tokio::test]
+async fn acknowledged_writes_survive_the_primary_and_all_replicas_become_equal() {
+    let cluster = Cluster::start("failover");
+    let volume = cluster.create_volume(64 * MIB, HOST).await;
+    let mut primary = cluster.wait_serving(volume, None).await;
+    let host = attach(&cluster, volume).await;
+    for round in 1..=3_u64 {
+        let first = move |host: &Host| (0..100).for_each(|block| write(host, block, round));
+        with_host(&host, first).await;
+        let killed = Instant::now();
+        cluster.nodes[primary].kill_engine();
+        let second = move |host: &Host| {
+            let mut longest = Duration::ZERO;
+            for block in 100..200 {
+                let begun = Instant::now();
+                write(host, block, round);
+                longest = longest.max(begun.elapsed());
+            }
+            (0..200).for_each(|block| check(host, block, round));
+            longest
+        };
+        let longest = with_host(&host, second).await;
+        println!("round {round}: longest stall {longest:?}");
+        assert!(longest < Duration::from_secs(10), "{longest:?} {}", cluster.logs());
+        assert!(killed.elapsed() < Duration::from_secs(20));
+        primary = cluster.wait_serving(volume, None).await;
+    }
+    let sums = cluster.equal_sums(volume).await;
+    assert!(!sums.is_empty(), "something was written");
+}
+
+#[tokio::test]
+async fn a_snapshot_zeroes_and_large_writes_are_the_same_on_every_node() {
+    let cluster = Cluster::start("kinds");
+    let volume = cluster.create_volume(64 * MIB, HOST).await;
+    let primary = cluster.wait_serving(volume, None).await;
+    let host = attach(&cluster, volume).await;
+    with_host(&host, |host| {
+        let large = Bytes::from(vec![0x5a; 128 << 10]);
+        for at in 0..16 {
+            host.run(Operation::Write(range(at * 32, 32), large.clone())).expect("written");
+        }
+        host.run(Operation::WriteZeroes(range(8, 40), true)).expect("zeroed");
+        host.run(Operation::Flush).expect("flushed");
+        let read = host.run(Operation::Read(range(0, 64))).expect("read").concat();
+        let zero = |block: usize| (8..48).contains(&block);
+        for (block, bytes) in read.chunks(BLOCK_BYTES).enumerate() {
+            let value = if zero(block) { 0 } else { 0x5a };
+            assert!(bytes.iter().all(|&byte| byte == value), "block {block}");
+        }
+    })
+    .await;
+    let mut client = cluster.agent_of(primary).client().await.expect("a connection");
+    let snapshot = tercet_engine::pb::engine::SnapshotRequest {
+        volume: volume.to_string(),
+        snapshot: Uuid::new_v4().to_string(),
+    };
+    let first = client.create_snapshot(snapshot.clone()).await.expect("a snapshot").into_inner();
+    let again = client.create_snapshot(snapshot.clone()).await.expect("idempotent").into_inner();
+    assert_eq!(first, again);
+    let secondary = (primary + 1) % 3;
+    let mut other = cluster.agent_of(secondary).client().await.expect("a connection");
+    let refused = other.create_snapshot(snapshot).await.expect_err("not the primary");
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{refused}");
+    let sums = cluster.equal_sums(volume).await;
+    assert!(!sums.is_empty());
+}
+
+/// Volumes are spread over shards, shards over reactors: connections come in at the first reactor
+/// and have to find their way.
+#[tokio::test]
+async fn connections_move_to_the_reactor_that_has_the_volume() {
+    let cluster = Cluster::with_reactors("reactors", 2);
+    let mut volumes = Vec::new();
+    for shard in [0, 1, 1, 0] {
+        volumes.push(cluster.create_volume_of_shard(shard, 2, 16 * MIB, HOST).await);
+    }
+    for &volume in &volumes {
+        cluster.wait_serving(volume, None).await;
+        let host = attach(&cluster, volume).await;
+        let work = |host: &Host| {
+            (0..20).for_each(|block| write(host, block, 3));
+            (0..20).for_each(|block| check(host, block, 3));
+        };
+        with_host(&host, work).await;
+    }
+    for &volume in &volumes {
+        assert!(!cluster.equal_sums(volume).await.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn idle_engines_use_less_than_a_hundredth_of_a_core() {
+    let cluster = Cluster::start("idle");
+    let volume = cluster.create_volume(64 * MIB, HOST).await;
+    cluster.wait_serving(volume, None).await;
+    let host = attach(&cluster, volume).await;
+    with_host(&host, |host| write(host, 1, 1)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before: Vec<Duration> = cluster.nodes.iter().map(cpu_time).collect();
+    let time = Duration::from_secs(5);
+    tokio::time::sleep(time).await;
+    for (node, before) in cluster.nodes.iter().zip(before) {
+        let used = cpu_time(node).saturating_sub(before);
+        println!("{}: {used:?} of CPU in {time:?}", node.name);
+        assert!(used <= time / 100, "{} used {used:?} in {time:?}", node.name);
+    }
+}
+
+/// User and system time of a node's engine, in steps of the kernel's clock (10 ms).
+fn cpu_time(node: &common::Node) -> Duration {
+    let pid = node.engine_pid().expect("an engine runs");
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("its statistics");
+    let after_name = stat.rsplit_once(") ").expect("a name in brackets").1;
+    let field = |index: usize| {
+        after_name.split(' ').nth(index).and_then(|text| text.parse::<u64>().ok()).expect("ticks")
+    };
+    Duration::from_millis((field(11) + field(12)) * 10)
+}

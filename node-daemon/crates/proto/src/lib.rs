@@ -1,0 +1,21 @@
+//! What the crates of the engine share: ids, the configuration of a volume, log entries, the seam
+//! between replication and storage, and the byte formats of wire and disk.
+//!
+//! Nothing here does I/O, reads a clock or draws a random number: ids are drawn by the executor and
+//! handed in. The formats are documented byte for byte in `docs/replication-protocol.md` and
+//! `docs/disk-format.md`. What a message or an entry *means* is left to `tercet-replication`, how
+//! it is kept to `tercet-store`.
+
+pub mod config;
+pub mod disk;
+pub mod entry;
+pub mod ids;
+pub mod message;
+pub mod storage;
+pub mod time;
+
+pub use config::{Config, ConfigState, IllegalStep, Member, Primary};
+pub use entry::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise};
+pub use ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, SnapshotId, Token, VolumeId};
+pub use storage::{NewReplica, ReplicaState, SnapshotState, Storage, StorageError, StorageEvent};
+pub use time::Instant;

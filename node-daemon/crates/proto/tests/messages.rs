@@ -1,0 +1,302 @@
+//! The byte format of messages: golden bytes, round trips, and whatever a broken or hostile peer
+//! may send: an error, never a panic, never memory for what is only announced.
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use tercet_proto::message::{
+    Decoder, Envelope, Frame, HEADER_BYTES, Hello, Message, PairEnvelope, PairMessage,
+    ReplicaMessage, Tail, WireError, crc32c, encode, encode_hello,
+};
+use tercet_proto::storage::Incomplete;
+use tercet_proto::{
+    BLOCK_BYTES, BlockRange, Config, ConfigState, Entry, EntryHeader, EntryKind, Epoch, InstanceId,
+    Lsn, Member, NodeName, Place, Primary, ReplicaId, SnapshotId, VolumeId,
+};
+
+fn place(epoch: u64, lsn: u64) -> Place {
+    Place { epoch: Epoch(epoch), lsn: Lsn(lsn) }
+}
+
+fn envelope() -> Envelope {
+    Envelope {
+        volume: VolumeId::from_bytes([1; 16]),
+        from: ReplicaId::from_bytes([2; 16]),
+        to: ReplicaId::from_bytes([3; 16]),
+        instance: InstanceId::from_bytes([4; 16]),
+        epoch: Epoch(5),
+    }
+}
+
+fn config() -> Config {
+    let member = |n: u8| Member {
+        node: NodeName::new(&format!("n{n}")),
+        replica: ReplicaId::from_bytes([n; 16]),
+    };
+    Config {
+        epoch: Epoch(5),
+        state: ConfigState::Recovering,
+        primary: Primary { node: NodeName::new("n1"), instance: InstanceId::from_bytes([4; 16]) },
+        members: vec![member(1), member(2), member(4)],
+        previous_members: Some(vec![member(1), member(2), member(3)]),
+        learners: vec![member(5)],
+        single_copy: Some(ReplicaId::from_bytes([1; 16])),
+        restored: Some(Epoch(5)),
+    }
+}
+
+fn tail(incomplete: Option<Incomplete>) -> Tail {
+    Tail { tail: place(3, 40), commit: place(3, 38), log_start: Lsn(7), incomplete }
+}
+
+fn entries() -> Vec<Entry> {
+    let range = BlockRange { start: 9, count: 2 };
+    let id = SnapshotId::from_bytes([8; 16]);
+    let payload = Bytes::from(vec![0x5a; 2 * BLOCK_BYTES]);
+    let kinds = [
+        EntryKind::Noop,
+        EntryKind::Write { range, payload_crc: crc32c(&payload) },
+        EntryKind::Zero { range, discard: false },
+        EntryKind::Zero { range, discard: true },
+        EntryKind::Grow { size_blocks: 77 },
+        EntryKind::Snapshot { id },
+        EntryKind::SnapshotDelete { id },
+    ];
+    let entry = |(i, kind): (usize, EntryKind)| {
+        let header = EntryHeader { place: place(5, 11 + i as u64), prev_epoch: Epoch(4), kind };
+        let write = matches!(kind, EntryKind::Write { .. });
+        Entry { header, payload: if write { payload.clone() } else { Bytes::new() } }
+    };
+    kinds.into_iter().enumerate().map(entry).collect()
+}
+
+fn messages() -> Vec<Message> {
+    use ReplicaMessage as R;
+    let replica = [
+        R::Append { prev: place(4, 10), commit: place(4, 9), entries: entries() },
+        R::Append { prev: place(4, 10), commit: place(4, 9), entries: Vec::new() },
+        R::Ack { length: Lsn(10), matched: Lsn(12), commit: Lsn(9) },
+        R::Refuse {
+            named: place(4, 10),
+            applied: place(2, 3),
+            hint: place(3, 8),
+            incomplete: true,
+        },
+        R::Seal { config: config(), sealed: vec![InstanceId::from_bytes([6; 16])] },
+        R::Sealed(tail(None)),
+        R::Sealed(tail(Some(Incomplete::Unknown))),
+        R::Newer { config: Config { previous_members: None, single_copy: None, ..config() } },
+        R::NoReplica,
+        R::Consult,
+        R::Opinion { misses: true, tail: tail(Some(Incomplete::AcknowledgedUpTo(place(2, 2)))) },
+        R::Fetch { after: place(4, 10) },
+        R::Fetched { after: place(4, 10), hint: place(4, 10), entries: entries() },
+        R::GiveBack,
+        R::Stand,
+    ];
+    let pair = [
+        PairMessage::Beat { number: 3, processed: 2 },
+        PairMessage::BeatAnswer {
+            number: 3,
+            grant: true,
+            failed: false,
+            exclusions_upto: 4,
+            exclusions: vec![(VolumeId::from_bytes([1; 16]), Epoch(5))],
+        },
+        PairMessage::Exited { instance: InstanceId::from_bytes([6; 16]) },
+    ];
+    let instances = PairEnvelope {
+        instance: InstanceId::from_bytes([4; 16]),
+        to_instance: InstanceId::from_bytes([5; 16]),
+    };
+    let replica = replica.into_iter().map(|message| Message::Replica(envelope(), message));
+    replica.chain(pair.into_iter().map(|message| Message::Pair(instances, message))).collect()
+}
+
+fn bytes_of(message: &Message) -> Vec<u8> {
+    let (mut head, mut payloads) = (Vec::new(), Vec::new());
+    encode(message, &mut head, &mut payloads);
+    for payload in &payloads {
+        head.extend_from_slice(payload);
+    }
+    head
+}
+
+fn decode(bytes: Vec<u8>) -> Result<Option<Frame>, WireError> {
+    let mut decoder = Decoder::default();
+    decoder.feed(Bytes::from(bytes));
+    decoder.next_frame()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
+
+#[test]
+fn every_message_comes_back_as_it_was() {
+    for message in messages() {
+        let back = decode(bytes_of(&message)).expect("a frame").expect("whole");
+        assert_eq!(back, Frame::Message(message));
+    }
+}
+
+#[test]
+fn pieces_of_any_size_give_the_same_frames() {
+    let all: Vec<u8> = messages().iter().flat_map(bytes_of).collect();
+    for size in [1, 7, 100, 4096, 5000, all.len()] {
+        let mut decoder = Decoder::default();
+        let mut frames = Vec::new();
+        for piece in all.chunks(size) {
+            decoder.feed(Bytes::copy_from_slice(piece));
+            while let Some(frame) = decoder.next_frame().expect("good frames") {
+                frames.push(frame);
+            }
+        }
+        let want: Vec<_> = messages().into_iter().map(Frame::Message).collect();
+        assert_eq!(frames, want, "pieces of {size} bytes");
+        assert_eq!(decoder.wanted_bytes(), HEADER_BYTES);
+    }
+}
+
+#[test]
+fn payloads_are_slices_of_what_was_fed() {
+    let fed = Bytes::from(bytes_of(&messages()[0]));
+    let within = fed.as_ptr_range();
+    let mut decoder = Decoder::default();
+    decoder.feed(fed.clone());
+    let frame = decoder.next_frame().expect("a frame");
+    let Some(Frame::Message(Message::Replica(_, ReplicaMessage::Append { entries, .. }))) = frame
+    else {
+        panic!("an append");
+    };
+    assert!(within.contains(&entries[1].payload.as_ptr()), "not copied");
+}
+
+#[test]
+fn encoding_copies_no_payload() {
+    let (mut head, mut payloads) = (Vec::new(), Vec::new());
+    let entries = entries();
+    let pointer = entries[1].payload.as_ptr();
+    let append = ReplicaMessage::Append { prev: place(4, 10), commit: place(4, 9), entries };
+    encode(&Message::Replica(envelope(), append), &mut head, &mut payloads);
+    assert_eq!(payloads.len(), 1);
+    assert_eq!(payloads[0].as_ptr(), pointer);
+}
+
+/// The bytes in docs/replication-protocol.md. They never change within a version.
+#[test]
+fn golden_bytes() {
+    let ack = ReplicaMessage::Ack { length: Lsn(10), matched: Lsn(12), commit: Lsn(9) };
+    let ack = hex(&bytes_of(&Message::Replica(envelope(), ack)));
+    let ids =
+        format!("{}{}{}{}", "01".repeat(16), "02".repeat(16), "03".repeat(16), "04".repeat(16));
+    let fields = "05000000000000000a000000000000000c000000000000000900000000000000";
+    assert_eq!(&ack[..32], "54524550010002006000000000000000");
+    assert_eq!(ack[48..], ids + fields);
+    let beat = PairMessage::Beat { number: 3, processed: 2 };
+    let instances = PairEnvelope {
+        instance: InstanceId::from_bytes([4; 16]),
+        to_instance: InstanceId::from_bytes([5; 16]),
+    };
+    let beat = hex(&bytes_of(&Message::Pair(instances, beat)));
+    assert_eq!(beat, GOLDEN_BEAT);
+    let hello = Hello {
+        version_min: 1,
+        version_max: 1,
+        cluster: [9; 16],
+        node: NodeName::new("node-a"),
+        instance: InstanceId::from_bytes([4; 16]),
+        shard: 1,
+        shards: 2,
+        to_shard: 0,
+    };
+    let mut bytes = Vec::new();
+    encode_hello(&hello, &mut bytes);
+    assert_eq!(hex(&bytes), GOLDEN_HELLO);
+    assert_eq!(decode(bytes), Ok(Some(Frame::Hello(hello))));
+    let all: Vec<u8> = messages().iter().flat_map(bytes_of).collect();
+    assert_eq!(format!("{:08x}", crc32c(&all)), GOLDEN_ALL, "CRC32C of one message of each kind");
+}
+
+const GOLDEN_BEAT: &str = concat!(
+    "5452455001002000300000000000000003aaf112ae42f5e30404040404040404040404040404040405050505",
+    "05050505050505050505050503000000000000000200000000000000"
+);
+const GOLDEN_HELLO: &str = concat!(
+    "545245500100000031000000000000005384ac51f65a766e0100010009090909090909090909090909090909",
+    "066e6f64652d6104040404040404040404040404040404010002000000"
+);
+const GOLDEN_ALL: &str = "b493710d";
+
+#[test]
+fn lengths_are_refused_before_anything_is_kept() {
+    let mut frame = bytes_of(&messages()[2]);
+    frame[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+    let crc = crc32c(&frame[..20]).to_le_bytes();
+    frame[20..24].copy_from_slice(&crc);
+    assert!(matches!(decode(frame), Err(WireError::TooLong { what: "body", .. })));
+}
+
+#[test]
+fn a_payload_that_is_not_its_own_is_refused() {
+    let mut frame = bytes_of(&messages()[0]);
+    *frame.last_mut().expect("a payload") ^= 1;
+    assert_eq!(decode(frame), Err(WireError::PayloadChecksum(Lsn(12))));
+}
+
+#[test]
+fn versions_meet_in_the_smaller_newest() {
+    let hello = |version_min, version_max| Hello {
+        version_min,
+        version_max,
+        cluster: [9; 16],
+        node: NodeName::new("n"),
+        instance: InstanceId::from_bytes([4; 16]),
+        shard: 0,
+        shards: 1,
+        to_shard: 0,
+    };
+    assert_eq!(hello(1, 3).common_version(&hello(2, 5)), Some(3));
+    assert_eq!(hello(1, 3).common_version(&hello(4, 5)), None);
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+        let _ = decode(bytes);
+    }
+
+    #[test]
+    fn arbitrary_bodies_behind_a_good_header_never_panic(
+        kind in any::<u8>(),
+        body in proptest::collection::vec(any::<u8>(), 0..600),
+        payload_bytes in 0_u32..64,
+    ) {
+        let mut frame = b"TREP".to_vec();
+        frame.extend_from_slice(&1_u16.to_le_bytes());
+        frame.extend_from_slice(&[kind, 0]);
+        frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
+        frame.extend_from_slice(&payload_bytes.to_le_bytes());
+        frame.extend_from_slice(&crc32c(&body).to_le_bytes());
+        let crc = crc32c(&frame).to_le_bytes();
+        frame.extend_from_slice(&crc);
+        frame.extend_from_slice(&body);
+        frame.resize(frame.len() + payload_bytes as usize, 7);
+        let _ = decode(frame);
+    }
+
+    #[test]
+    fn a_flipped_bit_is_noticed(which in 0_usize..18, at in any::<prop::sample::Index>(), bit in 0_u8..8) {
+        let message = messages().swap_remove(which);
+        let mut frame = bytes_of(&message);
+        let at = at.index(frame.len());
+        frame[at] ^= 1 << bit;
+        prop_assert_ne!(decode(frame), Ok(Some(Frame::Message(message))));
+    }
+
+    #[test]
+    fn a_cut_frame_waits_for_the_rest(which in 0_usize..18, at in any::<prop::sample::Index>()) {
+        let frame = bytes_of(&messages()[which]);
+        let at = at.index(frame.len());
+        prop_assert_eq!(decode(frame[..at].to_vec()), Ok(None));
+    }
+}

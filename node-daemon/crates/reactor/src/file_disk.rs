@@ -1,0 +1,255 @@
+//! Devices of a reactor, and the `Disk` that start-up code uses.
+//!
+//! A write with `fua` carries `RWF_DSYNC`: durable on completion, with one flush at most and none
+//! where the device takes FUA. `Flush` is `fdatasync`. A short read or write (a file system may
+//! split) goes on where it stopped; a file that ends early is a device error.
+
+use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
+
+use io_uring::{opcode, squeue, types};
+use rustix::fs::FallocateFlags;
+use rustix::io::ReadWriteFlags;
+use tercet_proto::Instant;
+use tercet_store::arena::Buf;
+use tercet_store::disk::{Disk, DiskDone, DiskError, DiskOp, DiskToken};
+
+use crate::device::{Device, Discard, SECTOR_BYTES};
+use crate::operation::{DiskKind, DiskOperation, Operation};
+use crate::reactor::{DiskId, Event, Reactor};
+
+/// A device, and whether the ring knows it by number.
+struct Slot {
+    device: Device,
+    fixed: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct Disks {
+    slots: Vec<Slot>,
+}
+
+impl Disks {
+    pub(crate) fn len(&self) -> u32 {
+        u32::try_from(self.slots.len()).expect("few devices")
+    }
+
+    pub(crate) fn push(&mut self, device: Device, fixed: bool) {
+        self.slots.push(Slot { device, fixed });
+    }
+}
+
+/// Builds an entry for a fixed file or a plain descriptor.
+macro_rules! on_file {
+    ($slot:expr, $index:expr, $fd:ident => $entry:expr) => {
+        if $slot.fixed {
+            let $fd = types::Fixed($index);
+            $entry
+        } else {
+            let $fd = types::Fd($slot.device.fd.as_raw_fd());
+            $entry
+        }
+    };
+}
+
+impl Reactor {
+    pub(crate) fn submit_disk(&mut self, disk: u32, token: DiskToken, op: DiskOp) {
+        let (kind, buf) = match op {
+            DiskOp::Read { offset, into } => (DiskKind::Read { offset }, Some(into)),
+            DiskOp::Write { offset, data, fua } => (DiskKind::Write { offset, fua }, Some(data)),
+            DiskOp::Flush => (DiskKind::Flush, None),
+            DiskOp::Deallocate { offset, len } => (DiskKind::Deallocate { offset, len }, None),
+        };
+        let slot = &self.disks.slots[disk as usize];
+        let bytes = match (kind, &buf) {
+            (DiskKind::Deallocate { len, .. }, _) => len,
+            (_, Some(buf)) => buf.len() as u64,
+            (_, None) => 0,
+        };
+        let offset = match kind {
+            DiskKind::Read { offset }
+            | DiskKind::Write { offset, .. }
+            | DiskKind::Deallocate { offset, .. } => offset,
+            DiskKind::Flush => 0,
+        };
+        assert!(offset.is_multiple_of(SECTOR_BYTES), "offsets are multiples of 4,096");
+        assert!(bytes.is_multiple_of(SECTOR_BYTES), "lengths are multiples of 4,096");
+        assert!(
+            offset.checked_add(bytes).is_some_and(|end| end <= slot.device.capacity_bytes),
+            "inside the device"
+        );
+        let operation = DiskOperation { disk, token, kind, buf, done_bytes: 0 };
+        if matches!(kind, DiskKind::Deallocate { .. }) && slot.device.discard == Discard::Keep {
+            let done = DiskDone { token, buf: None, result: Ok(()) };
+            return self.backlog.push_back(Event::Disk { disk: DiskId(disk), done });
+        }
+        self.start_disk(operation);
+    }
+
+    fn start_disk(&mut self, mut operation: DiskOperation) {
+        let slot = &self.disks.slots[operation.disk as usize];
+        let fixed_buffers = operation.buf.as_ref().is_some_and(|buf| self.ring.knows(buf));
+        let entry = entry(slot, &mut operation, fixed_buffers);
+        // SAFETY: the buffer is kept in the operation; its memory is the arena's and does not move.
+        unsafe { self.start(Operation::Disk(operation), entry) };
+    }
+
+    pub(crate) fn disk_completed(
+        &mut self,
+        mut operation: DiskOperation,
+        result: i32,
+        events: &mut Vec<Event>,
+    ) {
+        let bytes = operation.buf.as_ref().map_or(0, |buf| buf.len());
+        let outcome = match result {
+            errno if errno == -libc::EINTR || errno == -libc::EAGAIN => {
+                return self.start_disk(operation);
+            }
+            error if error < 0 => Err(disk_error(-error)),
+            moved if operation.buf.is_some() => {
+                operation.done_bytes += usize::try_from(moved).expect("a length");
+                if operation.done_bytes < bytes {
+                    if moved > 0 {
+                        return self.start_disk(operation);
+                    }
+                    Err(DiskError::Io(libc::ENXIO)) // the file ends before its size
+                } else {
+                    Ok(())
+                }
+            }
+            _ => Ok(()),
+        };
+        if let Err(error) = outcome {
+            let path = &self.disks.slots[operation.disk as usize].device.path;
+            let (device, kind) = (path.display(), operation.kind);
+            tracing::error!(%device, ?kind, %error, "device error");
+        }
+        let done = DiskDone { token: operation.token, buf: operation.buf, result: outcome };
+        events.push(Event::Disk { disk: DiskId(operation.disk), done });
+    }
+}
+
+fn disk_error(errno: i32) -> DiskError {
+    match errno {
+        libc::ENODEV | libc::ENXIO | libc::ESHUTDOWN => DiskError::Gone,
+        errno => DiskError::Io(errno),
+    }
+}
+
+fn entry(slot: &Slot, operation: &mut DiskOperation, fixed_buffers: bool) -> squeue::Entry {
+    let index = operation.disk;
+    let done = operation.done_bytes;
+    match operation.kind {
+        DiskKind::Read { offset } => {
+            let buf = operation.buf.as_mut().expect("a read has a buffer");
+            let (pointer, length) = remaining_mut(buf, done);
+            let at = slot.device.base_bytes + offset + done as u64;
+            if fixed_buffers {
+                on_file!(slot, index, fd => {
+                    opcode::ReadFixed::new(fd, pointer, length, 0).offset(at).build()
+                })
+            } else {
+                on_file!(slot, index, fd => {
+                    opcode::Read::new(fd, pointer, length).offset(at).build()
+                })
+            }
+        }
+        DiskKind::Write { offset, fua } => {
+            let buf = operation.buf.as_ref().expect("a write has a buffer");
+            let (pointer, length) = remaining(buf, done);
+            let at = slot.device.base_bytes + offset + done as u64;
+            let flags = if fua { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
+            let flags = flags.bits().cast_signed();
+            if fixed_buffers {
+                on_file!(slot, index, fd => {
+                    let write = opcode::WriteFixed::new(fd, pointer, length, 0);
+                    write.offset(at).rw_flags(flags).build()
+                })
+            } else {
+                on_file!(slot, index, fd => {
+                    opcode::Write::new(fd, pointer, length).offset(at).rw_flags(flags).build()
+                })
+            }
+        }
+        DiskKind::Flush => on_file!(slot, index, fd => {
+            opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build()
+        }),
+        DiskKind::Deallocate { offset, len } => {
+            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let mode = mode.bits().cast_signed();
+            on_file!(slot, index, fd => {
+                let fallocate = opcode::Fallocate::new(fd, len).mode(mode);
+                fallocate.offset(slot.device.base_bytes + offset).build()
+            })
+        }
+    }
+}
+
+fn remaining(buf: &Buf, done: usize) -> (*const u8, u32) {
+    let rest = &buf[done..];
+    (rest.as_ptr(), u32::try_from(rest.len()).expect("a buffer below 4 GiB"))
+}
+
+fn remaining_mut(buf: &mut Buf, done: usize) -> (*mut u8, u32) {
+    let rest = &mut buf[done..];
+    (rest.as_mut_ptr(), u32::try_from(rest.len()).expect("a buffer below 4 GiB"))
+}
+
+/// One device of a reactor as the straight code of start-up wants it. In the engine's loop the
+/// reactor itself takes operations and reports completions as events.
+pub struct FileDisk<'a> {
+    reactor: &'a mut Reactor,
+    disk: DiskId,
+    done: VecDeque<DiskDone>,
+    /// Other events; the reactor reports them when this disk has been dropped.
+    held: VecDeque<Event>,
+}
+
+impl<'a> FileDisk<'a> {
+    /// The device `disk` of `reactor`.
+    pub fn new(reactor: &'a mut Reactor, disk: DiskId) -> Self {
+        Self { reactor, disk, done: VecDeque::new(), held: VecDeque::new() }
+    }
+
+    fn turn(&mut self, deadline: Option<Instant>) {
+        let mut events = Vec::new();
+        self.reactor.poll(deadline, &mut events).expect("a ring that was set up can be entered");
+        for event in events {
+            match event {
+                Event::Disk { disk, done } if disk == self.disk => self.done.push_back(done),
+                other => self.held.push_back(other),
+            }
+        }
+    }
+}
+
+impl Drop for FileDisk<'_> {
+    fn drop(&mut self) {
+        let done = self.done.drain(..);
+        let disk = self.disk;
+        self.reactor.backlog.extend(done.map(|done| Event::Disk { disk, done }));
+        self.reactor.backlog.append(&mut self.held);
+    }
+}
+
+impl Disk for FileDisk<'_> {
+    fn capacity_bytes(&self) -> u64 {
+        self.reactor.disks.slots[self.disk.0 as usize].device.capacity_bytes
+    }
+
+    fn submit(&mut self, token: DiskToken, op: DiskOp) {
+        self.reactor.submit(self.disk, token, op);
+    }
+
+    fn poll(&mut self, done: &mut Vec<DiskDone>) {
+        self.turn(Some(Instant(0)));
+        done.extend(self.done.drain(..));
+    }
+
+    fn wait(&mut self, done: &mut Vec<DiskDone>) {
+        while self.done.is_empty() {
+            self.turn(None);
+        }
+        done.extend(self.done.drain(..));
+    }
+}

@@ -1,0 +1,114 @@
+//! What a step works with beside the replica itself: time, storage, links, and where answers go.
+
+use std::collections::BTreeMap;
+
+use tercet_proto::message::{Envelope, Message, ReplicaMessage};
+use tercet_proto::storage::Storage;
+use tercet_proto::{Epoch, Instant, NewReplica, NodeName, Place, ReplicaId, Token, VolumeId};
+
+use crate::api::{AssociationId, HostCommand, Output, PeerId};
+use crate::lease::Pairs;
+use crate::options::Options;
+
+/// Borrowed for one step.
+pub(crate) struct Cx<'a> {
+    pub now: Instant,
+    pub options: &'a Options,
+    pub storage: &'a mut dyn Storage,
+    pub out: &'a mut Vec<Output>,
+    pub pairs: &'a mut Pairs,
+    pub tokens: &'a mut Tokens,
+}
+
+impl Cx<'_> {
+    /// Sends to the replica `to` on `node`, when there is a link.
+    pub fn send(&mut self, node: &NodeName, to: ReplicaId, from: Sender, message: ReplicaMessage) {
+        if let Some(peer) = self.pairs.route(node, from.volume) {
+            self.answer(peer, to, from, message);
+        }
+    }
+
+    /// Sends over this very link.
+    pub fn answer(&mut self, peer: PeerId, to: ReplicaId, from: Sender, message: ReplicaMessage) {
+        let instance = self.options.identity.instance;
+        let Sender { volume, replica, epoch } = from;
+        let envelope = Envelope { volume, from: replica, to, instance, epoch };
+        self.out.push(Output::Send(peer, Message::Replica(envelope, message)));
+    }
+}
+
+/// Who speaks, and about which epoch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sender {
+    pub volume: VolumeId,
+    pub replica: ReplicaId,
+    pub epoch: Epoch,
+}
+
+/// What an answer of storage or of the agent is for.
+#[derive(Debug)]
+pub(crate) enum Purpose {
+    /// `create_replica` for a control request.
+    Create(Token, NewReplica),
+    /// `delete_replica` for a control request.
+    Delete(Token, VolumeId),
+    /// `set_promise`.
+    Promise(VolumeId),
+    /// `read` for a host's command.
+    HostRead(VolumeId, HostRead),
+    /// `read_log` for a lagging member (C1).
+    LagRead(VolumeId, Epoch, ReplicaId),
+    /// `read_log` for a new primary's fetch (T5).
+    FetchRead(VolumeId, FetchRead),
+    /// `chunk_sums` for a control request.
+    Sums(Token, Place),
+    /// A compare-and-swap.
+    Swap(VolumeId),
+}
+
+/// A host's command that waits for bytes.
+#[derive(Debug)]
+pub(crate) struct HostRead {
+    pub epoch: Epoch,
+    pub association: AssociationId,
+    pub token: Token,
+    pub command: HostCommand,
+}
+
+/// Whom to send the entries.
+#[derive(Debug)]
+pub(crate) struct FetchRead {
+    pub epoch: Epoch,
+    pub peer: PeerId,
+    pub to: ReplicaId,
+    pub after: Place,
+}
+
+/// Requests that are out, by the token that their answer will carry.
+#[derive(Debug, Default)]
+pub(crate) struct Tokens {
+    last: u64,
+    out: BTreeMap<Token, Purpose>,
+}
+
+impl Tokens {
+    pub fn issue(&mut self, purpose: Purpose) -> Token {
+        self.last += 1;
+        let token = Token(self.last);
+        self.out.insert(token, purpose);
+        token
+    }
+
+    pub fn take(&mut self, token: Token) -> Option<Purpose> {
+        self.out.remove(&token)
+    }
+
+    /// Whether a replica of this volume is being made or deleted.
+    pub fn is_changing(&self, volume: VolumeId) -> bool {
+        self.out.values().any(|purpose| match purpose {
+            Purpose::Create(_, new) => new.volume == volume,
+            Purpose::Delete(_, deleted) => *deleted == volume,
+            _ => false,
+        })
+    }
+}

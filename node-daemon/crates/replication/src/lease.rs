@@ -1,0 +1,301 @@
+//! Pairs of shards: liveness (T2), grants (L2), exclusions (L3), proven exits (L5).
+//!
+//! A pair is two engine *instances* (L3): a peer that comes back with another instance is a new
+//! pair, and numbers, grants and exclusions start anew. Each side is both holder (it asks) and
+//! granter (it answers). One answer carries echo and grant, and with it every exclusion that the
+//! holder has not said to have processed, so a grant that arrives is never ahead of its exclusions:
+//! where they do not all fit, the answer is no grant.
+//!
+//! What a grant means for a volume is decided in `replica.rs` (`lease_until`): only for a member that
+//! has answered in this epoch, as this instance, and is not excluded.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use tercet_proto::message::{EXCLUSIONS_MAX, Message, PairEnvelope, PairMessage};
+use tercet_proto::{Epoch, InstanceId, Instant, NodeName, VolumeId};
+
+use crate::api::{Output, PeerId};
+use crate::options::Identity;
+
+/// Beats of which the sending time is remembered; at 4 a second more than any lease.
+const BEATS_REMEMBERED: usize = 64;
+/// Proven exits that are remembered.
+const EXITS_REMEMBERED: usize = 256;
+
+/// This shard and one at a peer.
+#[derive(Debug)]
+struct Pair {
+    instance: InstanceId,
+    shards: u16,
+    up: bool,
+    failed: bool,
+    // As the one who asks.
+    number: u64,
+    sent: VecDeque<(u64, Instant)>,
+    echoed: Instant,
+    granted_until: Instant,
+    processed: u64,
+    // As the one who grants: exclusions that the holder has not processed, by number.
+    exclusions: BTreeMap<u64, (VolumeId, Epoch)>,
+    excluded: u64,
+}
+
+impl Pair {
+    fn new(instance: InstanceId, shards: u16) -> Self {
+        Self {
+            instance,
+            shards,
+            up: true,
+            failed: false,
+            number: 0,
+            sent: VecDeque::new(),
+            echoed: Instant(0),
+            granted_until: Instant(0),
+            processed: 0,
+            exclusions: BTreeMap::new(),
+            excluded: 0,
+        }
+    }
+}
+
+/// Every pair of this shard.
+#[derive(Debug)]
+pub(crate) struct Pairs {
+    me: Identity,
+    held: Duration,
+    by_peer: BTreeMap<PeerId, Pair>,
+    /// When the last grant to an instance was given; kept while it can be out.
+    granted: BTreeMap<InstanceId, Instant>,
+    exited: VecDeque<InstanceId>,
+    /// Instances of this node that have ended: each peer is told.
+    own_exits: Vec<InstanceId>,
+    /// This shard's store has failed.
+    pub failed: bool,
+}
+
+/// Exclusions that a peer's answer brought: volumes that do not count its grants any more.
+pub(crate) type Excluded = Vec<(VolumeId, Epoch)>;
+
+impl Pairs {
+    pub fn new(me: Identity, held: Duration) -> Self {
+        Self {
+            me,
+            held,
+            by_peer: BTreeMap::new(),
+            granted: BTreeMap::new(),
+            exited: VecDeque::new(),
+            own_exits: Vec::new(),
+            failed: false,
+        }
+    }
+
+    pub fn up(
+        &mut self,
+        peer: &PeerId,
+        instance: InstanceId,
+        shards: u16,
+        now: Instant,
+        out: &mut Vec<Output>,
+    ) {
+        match self.by_peer.get_mut(peer) {
+            Some(pair) if pair.instance == instance => {
+                pair.up = true;
+                pair.shards = shards;
+            }
+            _ => {
+                self.by_peer.insert(peer.clone(), Pair::new(instance, shards));
+            }
+        }
+        let to_instance = instance;
+        for instance in self.own_exits.clone() {
+            let exit = PairMessage::Exited { instance };
+            self.send(peer.clone(), to_instance, exit, out);
+        }
+        self.beat(peer, now, out);
+    }
+
+    pub fn down(&mut self, peer: &PeerId) {
+        if let Some(pair) = self.by_peer.get_mut(peer) {
+            pair.up = false; // proves nothing (L5): grants stay what they are
+        }
+    }
+
+    fn send(
+        &self,
+        peer: PeerId,
+        to_instance: InstanceId,
+        message: PairMessage,
+        out: &mut Vec<Output>,
+    ) {
+        let envelope = PairEnvelope { instance: self.me.instance, to_instance };
+        out.push(Output::Send(peer, Message::Pair(envelope, message)));
+    }
+
+    /// Asks every peer for a grant and for an echo.
+    pub fn beat_all(&mut self, now: Instant, lease: Duration, out: &mut Vec<Output>) {
+        self.granted.retain(|_, at| now.since(*at) < lease);
+        let up: Vec<_> =
+            self.by_peer.iter().filter(|(_, p)| p.up).map(|(peer, _)| peer.clone()).collect();
+        for peer in up {
+            self.beat(&peer, now, out);
+        }
+    }
+
+    fn beat(&mut self, peer: &PeerId, now: Instant, out: &mut Vec<Output>) {
+        let pair = self.by_peer.get_mut(peer).expect("a pair that is up");
+        pair.number += 1;
+        if pair.sent.len() == BEATS_REMEMBERED {
+            pair.sent.pop_front();
+        }
+        pair.sent.push_back((pair.number, now));
+        let beat = PairMessage::Beat { number: pair.number, processed: pair.processed };
+        let to_instance = pair.instance;
+        self.send(peer.clone(), to_instance, beat, out);
+    }
+
+    /// A message of a pair; what does not name both instances is dropped.
+    pub fn message(
+        &mut self,
+        peer: &PeerId,
+        envelope: PairEnvelope,
+        message: PairMessage,
+        now: Instant,
+        out: &mut Vec<Output>,
+    ) -> Excluded {
+        let fits = self.by_peer.get(peer).is_some_and(|p| p.instance == envelope.instance);
+        if !fits || envelope.to_instance != self.me.instance {
+            return Vec::new();
+        }
+        match message {
+            PairMessage::Beat { number, processed } => {
+                self.on_beat(peer, number, processed, now, out);
+                Vec::new()
+            }
+            PairMessage::BeatAnswer { number, grant, failed, exclusions_upto, exclusions } => {
+                let pair = self.by_peer.get_mut(peer).expect("looked up above");
+                pair.failed = failed;
+                pair.processed = pair.processed.max(exclusions_upto);
+                let sent = pair.sent.iter().find(|(n, _)| *n == number).map(|(_, at)| *at);
+                if let Some(sent) = sent {
+                    pair.echoed = pair.echoed.max(sent);
+                    if grant {
+                        // L2: counted from when it was sent, less 3 %.
+                        pair.granted_until = pair.granted_until.max(sent + self.held);
+                    }
+                }
+                exclusions
+            }
+            PairMessage::Exited { instance } => {
+                self.exited(instance);
+                Vec::new()
+            }
+        }
+    }
+
+    fn on_beat(
+        &mut self,
+        peer: &PeerId,
+        number: u64,
+        processed: u64,
+        now: Instant,
+        out: &mut Vec<Output>,
+    ) {
+        let failed = self.failed;
+        let pair = self.by_peer.get_mut(peer).expect("looked up by the caller");
+        pair.exclusions = pair.exclusions.split_off(&(processed + 1));
+        let mut sent = pair.exclusions.iter().take(EXCLUSIONS_MAX);
+        let exclusions: Vec<_> = sent.clone().map(|(_, excluded)| *excluded).collect();
+        let complete = exclusions.len() == pair.exclusions.len();
+        let upto = sent.by_ref().last().map_or(pair.excluded, |(number, _)| *number);
+        let exclusions_upto = if complete { pair.excluded } else { upto };
+        let grant = complete && !failed;
+        let instance = pair.instance;
+        if grant {
+            self.granted.insert(instance, now);
+        }
+        let answer = PairMessage::BeatAnswer { number, grant, failed, exclusions_upto, exclusions };
+        self.send(peer.clone(), instance, answer, out);
+    }
+
+    /// Before a seal: `holder` counts nothing for this volume and epoch any more, once it hears the
+    /// next grant (L3). When the last grant was given that may be without it.
+    pub fn exclude(
+        &mut self,
+        holder: InstanceId,
+        volume: VolumeId,
+        epoch: Epoch,
+    ) -> Option<Instant> {
+        for pair in self.by_peer.values_mut().filter(|pair| pair.instance == holder) {
+            pair.exclusions.retain(|_, (excluded, _)| *excluded != volume);
+            pair.excluded += 1;
+            pair.exclusions.insert(pair.excluded, (volume, epoch));
+        }
+        self.granted.get(&holder).copied()
+    }
+
+    /// An instance has ended, proven (L5). Whether that is news.
+    pub fn exited(&mut self, instance: InstanceId) -> bool {
+        if instance == self.me.instance || self.has_exited(instance) {
+            return false;
+        }
+        if self.exited.len() == EXITS_REMEMBERED {
+            self.exited.pop_front();
+        }
+        self.exited.push_back(instance);
+        true
+    }
+
+    /// An instance of this node has ended: the peers are told (L5).
+    pub fn own_exit(&mut self, instance: InstanceId, out: &mut Vec<Output>) {
+        if !self.exited(instance) {
+            return;
+        }
+        self.own_exits.push(instance);
+        for (peer, pair) in self.by_peer.iter().filter(|(_, pair)| pair.up) {
+            self.send(peer.clone(), pair.instance, PairMessage::Exited { instance }, out);
+        }
+    }
+
+    pub fn has_exited(&self, instance: InstanceId) -> bool {
+        self.exited.contains(&instance)
+    }
+
+    /// The pair to the shard of `node` that keeps `volume`; one that is up, where there is one.
+    fn find(&self, node: &NodeName, volume: VolumeId) -> Option<(&PeerId, &Pair)> {
+        let first = PeerId { node: node.clone(), shard: 0 };
+        let of_node = self.by_peer.range(first..).take_while(|(peer, _)| peer.node == *node);
+        of_node.filter(|(p, pair)| p.shard == volume.shard(pair.shards)).max_by_key(|(_, p)| p.up)
+    }
+
+    /// Where to send for a volume's replica on a node.
+    pub fn route(&self, node: &NodeName, volume: VolumeId) -> Option<PeerId> {
+        self.find(node, volume).filter(|(_, pair)| pair.up).map(|(peer, _)| peer.clone())
+    }
+
+    /// The instance at the other end of a link that is up.
+    pub fn instance_at(&self, peer: &PeerId) -> Option<InstanceId> {
+        self.by_peer.get(peer).filter(|pair| pair.up).map(|pair| pair.instance)
+    }
+
+    /// The instance that answers on that node, whether its store failed, and when the newest
+    /// message that it echoed was sent (T2).
+    pub fn liveness(
+        &self,
+        node: &NodeName,
+        volume: VolumeId,
+    ) -> Option<(InstanceId, bool, Instant)> {
+        self.find(node, volume).map(|(_, pair)| (pair.instance, pair.failed, pair.echoed))
+    }
+
+    /// Until when the grant of that instance on that node holds (L2).
+    pub fn granted_until(
+        &self,
+        node: &NodeName,
+        volume: VolumeId,
+        instance: InstanceId,
+    ) -> Option<Instant> {
+        let (_, pair) = self.find(node, volume)?;
+        (pair.instance == instance).then_some(pair.granted_until)
+    }
+}

@@ -1,0 +1,260 @@
+//! Who misses the primary, who stands, and when (T2, T3).
+//!
+//! Nothing here decides safety: a takeover at the wrong time costs a short stall, never data. So
+//! the rules aim at calm: a majority has to miss the primary, the better tail goes first, and who
+//! failed to serve stands aside for longer each time, spread by the replica's id instead of chance.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tercet_proto::message::{Envelope, ReplicaMessage, Tail};
+use tercet_proto::{Config, ConfigState, Instant, Place, Primary, ReplicaId};
+
+use crate::api::{Notice, Output, PeerId};
+use crate::cx::Cx;
+use crate::replica::{Replica, Role};
+
+/// An opinion older than this many beats does not count.
+const OPINION_BEATS: u32 = 2;
+
+/// What a follower thinks of its primary.
+#[derive(Debug, Default)]
+pub(crate) struct Watch {
+    asked: Option<Instant>,
+    opinions: BTreeMap<ReplicaId, Opinion>,
+    /// When a majority missed the primary first.
+    agreed: Option<Instant>,
+    /// The primary itself said so (hand-over).
+    stand_now: bool,
+    /// T2: did not serve, so others go first.
+    aside_until: Instant,
+    aside_count: u32,
+}
+
+#[derive(Debug)]
+struct Opinion {
+    at: Instant,
+    misses: bool,
+    tail: Tail,
+}
+
+impl Watch {
+    pub fn new_epoch(&mut self) {
+        self.asked = None;
+        self.opinions.clear();
+        self.agreed = None;
+        self.stand_now = false;
+    }
+
+    /// A primary serves in this epoch: whoever failed before starts anew.
+    pub fn served(&mut self) {
+        self.aside_count = 0;
+        self.aside_until = Instant(0);
+    }
+
+    pub fn stand_now(&mut self) {
+        self.stand_now = true;
+    }
+
+    fn stand_aside(&mut self, now: Instant, base: Duration, max: Duration, spread: Duration) {
+        let doubled = base.saturating_mul(1 << self.aside_count.min(16)).min(max);
+        self.aside_count = self.aside_count.saturating_add(1);
+        self.aside_until = now + doubled + spread;
+    }
+}
+
+impl Replica {
+    /// T2: whether this replica misses the primary of the newest configuration.
+    pub fn misses_primary(&self, cx: &Cx<'_>) -> bool {
+        let Some(known) = &self.known else { return false };
+        let Primary { node, instance } = &known.config.primary;
+        let late = cx.now.since(known.since) > cx.options.timing.serve_within;
+        if self.leading_epoch() == Some(known.config.epoch) {
+            return late && !self.is_serving(); // it agrees that another should try
+        }
+        let gone = cx.pairs.has_exited(*instance)
+            || self.grants.is_given_back(known.config.epoch, *instance);
+        if gone {
+            return true;
+        }
+        if *node == cx.options.identity.node {
+            return *instance != cx.options.identity.instance || late;
+        }
+        let alive = cx.pairs.liveness(node, self.volume);
+        let other_answers = alive.is_some_and(|(answers, _, _)| answers != *instance);
+        let failed = alive.is_some_and(|(_, failed, _)| failed);
+        let heard = alive.map_or(known.since, |(_, _, echoed)| echoed.max(known.since));
+        let silent = cx.now.since(heard) > cx.options.timing.missing_after;
+        other_answers || failed || silent || (late && !known.opened)
+    }
+
+    /// A member of the newest configuration that may lead it: complete, and not failed (T2).
+    fn may_stand(&self, config: &Config, cx: &Cx<'_>) -> bool {
+        let node = &cx.options.identity.node;
+        config.members.iter().any(|m| m.replica == self.id && m.node == *node)
+            && self.log.incomplete.is_none()
+            && !cx.pairs.failed
+            && config.epoch >= self.promised_epoch()
+    }
+
+    /// Looks after the primary, and stands when it is time.
+    pub fn tick_watch(&mut self, cx: &mut Cx<'_>) {
+        let Some(known) = &self.known else { return };
+        let config = known.config.clone();
+        if !self.may_stand(&config, cx) || self.swap.is_some() || self.reading.is_some() {
+            return;
+        }
+        if self.watch.stand_now {
+            self.stand(&config, cx); // handed over: the primary has stopped by itself
+            return;
+        }
+        if !self.misses_primary(cx) {
+            self.watch.agreed = None;
+            self.wake_when_silent(&config, cx);
+            return;
+        }
+        self.consult(&config, cx);
+        if cx.now < self.watch.aside_until {
+            self.wake(self.watch.aside_until);
+            return;
+        }
+        let fresh = cx.options.timing.beat * OPINION_BEATS;
+        let opinions = &self.watch.opinions;
+        let counts = |opinion: &&Opinion| opinion.misses && cx.now.since(opinion.at) <= fresh;
+        let majority =
+            config.is_quorum(|r| r == self.id || opinions.get(&r).is_some_and(|o| counts(&o)));
+        if !majority {
+            self.watch.agreed = None;
+            return;
+        }
+        let agreed = *self.watch.agreed.get_or_insert(cx.now);
+        let mine = self.report(cx);
+        let complete = |o: &&Opinion| counts(o) && o.tail.incomplete.is_none();
+        let others = opinions.iter().filter(|(_, o)| complete(o));
+        let rank =
+            others.clone().filter(|(id, o)| (o.tail.tail, **id) > (mine.tail, self.id)).count()
+                as u32;
+        let best_start = others.max_by_key(|(_, o)| o.tail.tail).map(|(_, o)| o.tail.log_start);
+        if rank > 0 && best_start.is_some_and(|start| mine.tail.lsn.next() < start) {
+            return; // behind the start of the best one's log: does not stand
+        }
+        let at = agreed + cx.options.timing.stand_step * rank;
+        if cx.now < at {
+            self.wake(at);
+        } else {
+            self.stand(&config, cx);
+        }
+    }
+
+    /// Asks to be woken when the primary becomes missed, rather than a beat later.
+    fn wake_when_silent(&mut self, config: &Config, cx: &mut Cx<'_>) {
+        let alive = cx.pairs.liveness(&config.primary.node, self.volume);
+        if let (Some((_, _, echoed)), Some(known)) = (alive, &self.known) {
+            let at = echoed.max(known.since) + cx.options.timing.missing_after;
+            self.wake(at + Duration::from_millis(1));
+        }
+    }
+
+    /// T2: asks the other members, once in a while.
+    fn consult(&mut self, config: &Config, cx: &mut Cx<'_>) {
+        let step = cx.options.timing.stand_step;
+        if self.watch.asked.is_some_and(|at| cx.now.since(at) < step) {
+            return;
+        }
+        self.watch.asked = Some(cx.now);
+        self.wake(cx.now + step);
+        for member in self.others(config) {
+            let from = self.sender(config.epoch);
+            cx.send(&member.node, member.replica, from, ReplicaMessage::Consult);
+        }
+    }
+
+    /// Another member misses the primary of that epoch.
+    pub fn on_consult(&mut self, peer: PeerId, envelope: &Envelope, cx: &mut Cx<'_>) {
+        if envelope.epoch < self.known_epoch() {
+            if envelope.epoch < self.promised_epoch() {
+                self.tell_newer((peer, envelope.from), cx);
+            }
+            return;
+        }
+        let misses = envelope.epoch == self.known_epoch() && self.misses_primary(cx);
+        let tail = self.report(cx);
+        let opinion = ReplicaMessage::Opinion { misses, tail };
+        cx.answer(peer, envelope.from, self.sender(envelope.epoch), opinion);
+    }
+
+    pub fn on_opinion(&mut self, envelope: &Envelope, misses: bool, tail: Tail, cx: &mut Cx<'_>) {
+        if envelope.epoch == self.known_epoch() && matches!(self.role, Role::Follower { .. }) {
+            let opinion = Opinion { at: cx.now, misses, tail };
+            self.watch.opinions.insert(envelope.from, opinion);
+            let voters = self.known.as_ref().map(|known| &known.config);
+            if let Some(config) = voters {
+                self.watch.opinions.retain(|id, _| config.voters().any(|m| m.replica == *id));
+            }
+            self.tick_watch(cx);
+        }
+    }
+
+    /// T3: the whole old configuration for {epoch + 1, Recovering, primary = me}; both sets,
+    /// learners and the single copy are carried on.
+    fn stand(&mut self, config: &Config, cx: &mut Cx<'_>) {
+        self.watch.stand_now = false;
+        let epoch = config.epoch.max(self.promised_epoch()).next();
+        let identity = &cx.options.identity;
+        let new = Config {
+            epoch,
+            state: ConfigState::Recovering,
+            primary: Primary { node: identity.node.clone(), instance: identity.instance },
+            restored: None,
+            ..config.clone()
+        };
+        cx.out.push(Output::Notice(self.volume, Notice::TakingOver(epoch)));
+        self.swap(new, cx);
+    }
+
+    /// A newer epoch than the one that this replica led, or tried to, without ever serving (T2).
+    pub fn note_superseded(&mut self, cx: &Cx<'_>) {
+        let failed = match &self.role {
+            Role::Follower { .. } => false,
+            Role::Candidate(_) => true,
+            Role::Primary(primary) => !primary.serving,
+        };
+        if failed {
+            let timing = &cx.options.timing;
+            let spread = u64::from(self.id.as_bytes()[15]);
+            let spread = Duration::from_millis(spread) * 2;
+            self.watch.stand_aside(cx.now, timing.aside_min, timing.aside_max, spread);
+        }
+    }
+
+    /// Somebody has promised something newer: stop (T8), and learn it.
+    pub fn on_newer(&mut self, config: &Config, cx: &mut Cx<'_>) {
+        if self.leading_epoch().is_some_and(|epoch| epoch <= config.epoch)
+            && config.primary.instance != cx.options.identity.instance
+        {
+            self.note_superseded(cx);
+            self.demote(cx);
+        }
+        self.learn(config, false, cx);
+        self.tick(cx);
+    }
+
+    /// The primary has given back and asks this member to follow it.
+    pub fn on_stand(&mut self, envelope: &Envelope, cx: &mut Cx<'_>) {
+        let current = self.known.as_ref().is_some_and(|known| {
+            known.config.epoch == envelope.epoch
+                && known.config.primary.instance == envelope.instance
+        });
+        if current {
+            self.watch.stand_now();
+            self.tick_watch(cx);
+        }
+    }
+}
+
+/// The largest tail of those that may be adopted (T5).
+pub(crate) fn best<'a>(
+    tails: impl Iterator<Item = (&'a ReplicaId, &'a Tail)>,
+) -> Option<(ReplicaId, Place)> {
+    tails.map(|(id, tail)| (tail.tail, *id)).max().map(|(place, id)| (id, place))
+}

@@ -1,0 +1,265 @@
+//! The phases of a run: safety under faults, healing, progress within a bound, convergence, and
+//! the comparison of everything with everything.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use bytes::Bytes;
+use tercet_proto::{Lsn, Place};
+use tercet_replication::api::{Control, ControlDone, ControlError};
+
+use crate::cluster::{Asked, attachment};
+use crate::mix::{FAULTS_MIN, MS, OPS_MIN, S};
+use crate::probes::Probe;
+use crate::work::Work;
+use crate::world::World;
+
+/// How long the volumes may take to serve again once all is healed.
+const PROGRESS_NS: u64 = 40 * S;
+
+/// Operations of every host on every volume that show progress.
+const PROGRESS_OPS: u64 = 20;
+
+/// How long a run may go on until it has enough operations.
+const ENOUGH_NS: u64 = 200 * S;
+
+/// How long replicas may take to become equal once all is quiet.
+const CONVERGE_NS: u64 = 30 * S;
+
+/// Clones that are read at the end.
+const CLONES_MAX: usize = 2;
+
+/// Between two looks.
+const LOOK_NS: u64 = 50 * MS;
+
+/// What replicas of a volume said of their chunks.
+pub type Sums = BTreeMap<usize, Option<(Place, Vec<Bytes>)>>;
+
+impl World {
+    /// Runs all phases.
+    pub fn run(&mut self) {
+        self.schedule_faults();
+        self.schedule_snapshot();
+        self.schedule_look();
+        self.run_until(self.mix.faulty_ns);
+        self.wait_for(PROGRESS_NS, |world| world.faults_done >= FAULTS_MIN);
+        self.heal_all();
+        self.progress();
+        self.finish_work();
+        for volume in 0..self.mix.volumes {
+            self.converge(volume);
+        }
+        self.read_clones();
+        if self.violation.is_some() {
+            return;
+        }
+        self.note_unanswered();
+        if let Err(why) = self.histories.check(self.mix.volumes) {
+            self.violate(format!("not linearizable: {why}"));
+        }
+        if self.faults_done < FAULTS_MIN || self.ops_done < OPS_MIN {
+            let (faults, ops) = (self.faults_done, self.ops_done);
+            self.violate(format!("only {faults} faults and {ops} operations: a weak seed"));
+        }
+    }
+
+    /// Waits until `done`, in virtual time; whether it came about.
+    fn wait_for(&mut self, within: u64, mut done: impl FnMut(&mut Self) -> bool) -> bool {
+        let until = self.now + within;
+        while self.violation.is_none() && self.now < until {
+            if done(self) {
+                return true;
+            }
+            self.run_until(self.now + LOOK_NS);
+        }
+        false
+    }
+
+    fn progress(&mut self) {
+        let answered: Vec<(usize, usize, u64)> =
+            self.mounts().map(|(host, volume, work)| (host, volume, work.answered)).collect();
+        let went_on = self.wait_for(PROGRESS_NS, |world| {
+            answered.iter().all(|(host, volume, before)| {
+                world.hosts[*host].mounts[volume].work.answered >= before + PROGRESS_OPS
+            })
+        });
+        if !went_on {
+            let stuck: Vec<String> = answered
+                .iter()
+                .filter(|(h, v, n)| self.hosts[*h].mounts[v].work.answered < n + PROGRESS_OPS)
+                .map(|(host, volume, _)| format!("host{host} on volume {volume}"))
+                .collect();
+            let state = self.state_story();
+            self.violate(format!("no progress after healing: {}\n{state}", stuck.join(", ")));
+        }
+        self.wait_for(ENOUGH_NS, |world| world.ops_done >= OPS_MIN);
+    }
+
+    fn mounts(&self) -> impl Iterator<Item = (usize, usize, &Work)> {
+        self.hosts.iter().enumerate().flat_map(|(host, h)| {
+            h.mounts.iter().map(move |(volume, mount)| (host, *volume, &mount.work))
+        })
+    }
+
+    /// No new operations; those under way are answered.
+    fn finish_work(&mut self) {
+        for host in &mut self.hosts {
+            host.mounts.values_mut().for_each(|mount| mount.work.going = false);
+        }
+        let quiet = self.wait_for(PROGRESS_NS, |world| {
+            let mut mounts = world.hosts.iter().flat_map(|host| host.mounts.values());
+            mounts.all(|mount| mount.commands.is_empty())
+        });
+        if !quiet {
+            let state = self.state_story();
+            self.violate(format!("commands without an answer after healing\n{state}"));
+        }
+    }
+
+    /// Every replica that is complete becomes equal to all others.
+    fn converge(&mut self, volume: usize) {
+        let equal = self.wait_for(CONVERGE_NS, |world| {
+            world.ask_sums(volume);
+            world.run_until(world.now + 10 * LOOK_NS);
+            world.sums_agree(volume)
+        });
+        if !equal {
+            let start = self.log_start(volume);
+            let sums: Vec<String> = self.volumes[volume]
+                .sums
+                .iter()
+                .map(|(node, sums)| format!("node{node}: {:?}", sums.as_ref().map(|s| s.0)))
+                .collect();
+            let state = self.state_story();
+            self.violate(format!(
+                "volume {volume} does not converge, the log begins at {start}: {}\n{state}",
+                sums.join(", ")
+            ));
+        }
+    }
+
+    fn ask_sums(&mut self, volume: usize) {
+        self.volumes[volume].sums.clear();
+        for node in 0..self.mix.nodes {
+            if self.is_complete(node, volume) {
+                self.volumes[volume].sums.insert(node, None);
+                let control = Control::ChunkSums(self.volumes[volume].id);
+                self.ask(node, control, Asked::Sums(volume));
+            }
+        }
+    }
+
+    fn is_complete(&self, node: usize, volume: usize) -> bool {
+        let id = self.volumes[volume].id;
+        let statuses = self.nodes[node].shard().map(tercet_shard::Shard::statuses);
+        statuses.unwrap_or_default().iter().any(|status| status.volume == id && !status.incomplete)
+    }
+
+    /// Whether every node can make a clone of its snapshots.
+    fn all_complete(&self, volume: usize) -> bool {
+        let sums: Vec<Option<Place>> = self.volumes[volume]
+            .sums
+            .values()
+            .map(|sums| sums.as_ref().map(|(place, _)| *place))
+            .collect();
+        sums.len() == self.mix.nodes && sums.iter().all(|place| *place == sums[0])
+    }
+
+    /// A replica has answered with its sums.
+    pub fn sums_answered(
+        &mut self,
+        volume: usize,
+        node: usize,
+        result: Result<ControlDone, ControlError>,
+    ) {
+        if let Ok(ControlDone::ChunkSums(place, rows)) = result {
+            self.volumes[volume].sums.insert(node, Some((place, rows)));
+        }
+    }
+
+    /// Whether all are at one place; sums that differ there are a violation.
+    fn sums_agree(&mut self, volume: usize) -> bool {
+        let sums: Vec<(usize, Place, Vec<u8>)> = self.volumes[volume]
+            .sums
+            .iter()
+            .filter_map(|(node, sums)| sums.as_ref().map(|(p, rows)| (*node, *p, rows.concat())))
+            .collect();
+        for (node, place, rows) in &sums {
+            let (first, first_place, first_rows) = &sums[0];
+            if place == first_place && rows != first_rows {
+                self.violate(format!(
+                    "volume {volume}: node{first} and node{node} differ at {place:?}"
+                ));
+            }
+        }
+        let last = sums.iter().map(|(_, place, _)| *place).max();
+        let equal = sums.iter().filter(|(_, place, _)| Some(*place) == last).count();
+        // Beyond a log that was cut a replica needs a copy (C2), which is not built yet: it stays
+        // behind, a consistent prefix.
+        let start = self.log_start(volume);
+        let reached = sums.iter().filter(|(_, place, _)| place.lsn.next() >= start).count();
+        let enough = reached.max(self.mix.nodes / 2 + 1);
+        sums.len() == self.volumes[volume].sums.len() && !sums.is_empty() && equal >= enough
+    }
+
+    /// Where the log begins from which others catch up: the primary's (C1).
+    fn log_start(&self, volume: usize) -> Lsn {
+        let id = self.volumes[volume].id;
+        let shard = self.primary_by_object(volume).and_then(|node| self.nodes[node].shard());
+        let state = shard.and_then(|shard| shard.storage().replica(id));
+        state.map_or(Lsn(1), |state| state.log_start)
+    }
+
+    /// Makes clones of some snapshots, reads them whole and compares (S1, S3).
+    fn read_clones(&mut self) {
+        let ready: Vec<usize> = (0..self.snapshots.all.len())
+            .filter(|number| self.snapshots.all[*number].done.is_some())
+            .take(CLONES_MAX)
+            .filter(|number| self.all_complete(self.snapshots.all[*number].volume))
+            .collect();
+        for number in ready {
+            if self.violation.is_some() {
+                return;
+            }
+            self.read_clone(number);
+        }
+    }
+
+    fn read_clone(&mut self, number: usize) {
+        let snapshot = &self.snapshots.all[number];
+        let source = (self.volumes[snapshot.volume].id, snapshot.id);
+        let clone = self.make_volume(vec![attachment(0)], Some(source));
+        let mount = self.new_mount(Work::idle());
+        self.hosts[0].mounts.insert(clone, mount);
+        self.host_mount(0, clone);
+        self.begin_reads(0, clone, 0..self.mix.blocks);
+        let done =
+            self.wait_for(PROGRESS_NS, |world| world.hosts[0].mounts[&clone].commands.is_empty());
+        if !done {
+            let state = self.state_story();
+            self.violate(format!("the clone of snapshot {number} is not served\n{state}"));
+            return;
+        }
+        self.converge(clone);
+        let blocks = self.read_values(clone);
+        self.check_snapshot(number, &blocks);
+        self.probe(Probe::CloneRead);
+    }
+
+    /// All that the replicas say of themselves.
+    pub fn state_story(&self) -> String {
+        let mut text = String::new();
+        for node in &self.nodes {
+            let statuses = node.shard().map(tercet_shard::Shard::statuses);
+            for status in statuses.unwrap_or_default() {
+                let number = self.volume_number(status.volume);
+                let name = &node.name;
+                writeln!(text, "  {name} volume {number}: {status:?}").expect("memory");
+            }
+        }
+        for (number, volume) in self.volumes.iter().enumerate() {
+            writeln!(text, "  object {number}: {:?}", volume.view.config).expect("memory");
+        }
+        text
+    }
+}

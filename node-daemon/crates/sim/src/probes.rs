@@ -1,0 +1,113 @@
+//! Counters for rare paths: a probe that never fired over all seeds says that the simulator does
+//! not reach what it claims to test.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+macro_rules! probes {
+    ($($(#[doc = $doc:literal])* $name:ident),* $(,)?) => {
+        /// A rare path.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Probe { $($(#[doc = $doc])* $name),* }
+
+        /// Every probe with what it means.
+        pub const ALL: &[(Probe, &str)] = &[$((Probe::$name, concat!($($doc),*))),*];
+    };
+}
+
+probes! {
+    /// an engine was killed with host writes in flight
+    KilledWithWrites,
+    /// an engine restarted on the spot and proved its predecessor's exit (L5)
+    ProvenExit,
+    /// a node lost its power with writes that were not durable
+    PowerLoss,
+    /// all nodes lost their power at once
+    PowerLossAll,
+    /// a process stood still for longer than D and led a volume (L1)
+    PausedPrimary,
+    /// a second primary took over while the first one's process still ran (T4)
+    TakeoverFromLiving,
+    /// a takeover dropped a suffix that its log conflicted with (W2)
+    Truncated,
+    /// a replica's seal waited for a grant (T4)
+    SealWaited,
+    /// a swap whose answer was lost had taken place (T3)
+    UnknownTookPlace,
+    /// a swap whose answer was lost had not taken place (T3)
+    UnknownDidNot,
+    /// a swap was executed after its asker had been told that its outcome is unknown (T3)
+    SwapLate,
+    /// a swap lost its race (T3)
+    SwapLost,
+    /// a lagging replica caught up from the log (C1)
+    CaughtUp,
+    /// a primary lost its lease and got it back in the same epoch (T8)
+    LeaseRegained,
+    /// an incomplete replica was left out of an adoption (T5)
+    IncompleteSkipped,
+    /// a start found damage and marked replicas incomplete (R1)
+    Damaged,
+    /// a host rebooted with writes in flight (H3)
+    HostRebooted,
+    /// a command ran into a node that did not serve any more (H2)
+    CommandRefused,
+    /// a command was tried again elsewhere (H2)
+    CommandRetried,
+    /// a delayed earlier copy of a command that was tried elsewhere reached a node (H2)
+    LateCopy,
+    /// a demotion ended an association (H4)
+    AssociationEnded,
+    /// an association was kept over a promotion (H4)
+    AssociationKept,
+    /// a host was fenced (H5)
+    Fenced,
+    /// a snapshot was taken while writes were in flight (S1)
+    SnapshotDuringWrites,
+    /// a clone of a snapshot was read and compared (S3)
+    CloneRead,
+    /// a link was cut in one direction (T2)
+    CutOneWay,
+    /// the API server was away while a volume had no primary (T3)
+    TakeoverWithoutApi,
+    /// a takeover went through while one replica was away (T4)
+    TakeoverWithTwo,
+    /// a device was stuck for longer than D
+    DiskStuck,
+    /// an engine crashed while the epoch that it was to lead was Recovering
+    CrashWhileRecovering,
+}
+
+/// How often each fired.
+#[derive(Clone, Debug, Default)]
+pub struct Probes(BTreeMap<Probe, u64>);
+
+impl Probes {
+    /// It happened.
+    pub fn hit(&mut self, probe: Probe) {
+        *self.0.entry(probe).or_default() += 1;
+    }
+
+    /// How often it happened.
+    pub fn count(&self, probe: Probe) -> u64 {
+        self.0.get(&probe).copied().unwrap_or(0)
+    }
+
+    /// Adds another run's counts.
+    pub fn add(&mut self, other: &Self) {
+        for (probe, count) in &other.0 {
+            *self.0.entry(*probe).or_default() += count;
+        }
+    }
+
+    /// A line for each, those that never fired marked.
+    pub fn report(&self) -> String {
+        let mut text = String::new();
+        for (probe, meaning) in ALL {
+            let count = self.count(*probe);
+            let mark = if count == 0 { "NEVER" } else { "" };
+            writeln!(text, "{count:>9} {mark:<5} {probe:?}:{meaning}").expect("memory");
+        }
+        text
+    }
+}

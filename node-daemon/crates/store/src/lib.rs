@@ -1,0 +1,35 @@
+//! One shard's store: log ring, chunks, snapshots, over a [`disk::Disk`].
+//!
+//! One idea holds it together: what the device says is a durable checkpoint and the log behind it.
+//! Every change is an entry of the log first; the maps change in memory when entries are applied;
+//! a checkpoint writes the maps' changed leaves to fresh blocks and then names them in one block.
+//! Nothing that the newest durable checkpoint or the log behind it names is ever overwritten.
+//! `docs/disk-format.md` has the bytes, and why a crash at any write is accepted. Which entries are
+//! committed, and who may append, is left to `tercet-replication`; doing the I/O to the owner.
+
+pub mod arena;
+pub mod disk;
+pub mod options;
+pub mod simdisk;
+pub mod store;
+
+mod alloc;
+mod changes;
+mod check;
+mod checkpoint;
+mod format;
+mod io;
+mod layout;
+mod log;
+mod map;
+mod open;
+mod read;
+mod replay;
+mod replica;
+mod scan;
+mod seam;
+
+#[cfg(feature = "canary")]
+pub use options::Canary;
+pub use options::{FormatOptions, OpenError, OpenReport, Options, Usage};
+pub use store::Store;

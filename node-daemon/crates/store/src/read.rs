@@ -1,0 +1,389 @@
+//! Reading: of applied state, of retained entries, of whole chunks for their checksums.
+//!
+//! A read is a job of parts: zeroes, bytes in memory, or a range of the device. Until a part's bytes
+//! are there its blocks are held (or, in the ring, its position is pinned), so that they cannot be
+//! given to anybody else meanwhile. Every block is compared with its checksum every time.
+
+use bytes::Bytes;
+use tercet_proto::disk::{CHUNK_BLOCKS, crc32c};
+use tercet_proto::storage::{StorageError, StorageEvent};
+use tercet_proto::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, Lsn, Token, VolumeId};
+
+use crate::disk::{DiskDone, DiskOp};
+use crate::log::IO_BLOCKS_MAX;
+use crate::map::{Map, Space};
+use crate::replica::Payload;
+use crate::store::{OpKind, Store};
+
+/// Part of the arena that reads leave to writing.
+const ARENA_SHARE_KEPT: usize = 4;
+const ZEROES_BLOCKS: usize = 16;
+static ZEROES: [u8; ZEROES_BLOCKS * BLOCK_BYTES] = [0; ZEROES_BLOCKS * BLOCK_BYTES];
+
+/// What a job is for.
+#[derive(Debug)]
+enum For {
+    Read(Token),
+    /// Entries, each with its number of parts.
+    Log(Token, Vec<(EntryHeader, usize)>),
+    /// The chunk of a run over all chunks.
+    Sums(Box<Sums>),
+}
+
+#[derive(Debug)]
+struct Sums {
+    token: Token,
+    map: Map,
+    chunk: usize,
+    rows: Vec<u8>,
+}
+
+#[derive(Debug)]
+enum Part {
+    Zero(usize),
+    Ready(Bytes),
+    Device(DevicePart),
+}
+
+/// A range of the device, and what was expected there.
+#[derive(Debug)]
+struct DevicePart {
+    /// Where the bytes are.
+    first: u32,
+    /// The volume's block, to name it in an error.
+    block: u64,
+    crcs: Vec<u32>,
+    /// Blocks of the data area that are held meanwhile.
+    held: Vec<u32>,
+    /// Positions of the ring that are pinned meanwhile.
+    pinned: Option<u64>,
+}
+
+/// A read in progress.
+#[derive(Debug)]
+pub(crate) struct Job {
+    volume: VolumeId,
+    what: For,
+    parts: Vec<Part>,
+    left: usize,
+    error: Option<StorageError>,
+}
+
+/// Builds parts; neighbours become one.
+struct Parts {
+    parts: Vec<Part>,
+}
+
+impl Parts {
+    fn zero(&mut self) {
+        match self.parts.last_mut() {
+            Some(Part::Zero(count)) => *count += 1,
+            _ => self.parts.push(Part::Zero(1)),
+        }
+    }
+
+    fn device(&mut self, at: u32, in_ring: bool, held: u32, block: u64, crc: u32) {
+        if let Some(Part::Device(part)) = self.parts.last_mut() {
+            let next = part.first + part.crcs.len() as u32;
+            let both = part.held.is_empty() == in_ring;
+            if next == at && both && part.crcs.len() < IO_BLOCKS_MAX as usize {
+                part.crcs.push(crc);
+                if !in_ring {
+                    part.held.push(held);
+                }
+                return;
+            }
+        }
+        let held = if in_ring { Vec::new() } else { vec![held] };
+        let part = DevicePart { first: at, block, crcs: vec![crc], held, pinned: None };
+        self.parts.push(Part::Device(part));
+    }
+}
+
+impl Store {
+    /// Blocks of a map as parts.
+    fn map_parts(&self, map: &Map, range: BlockRange) -> Vec<Part> {
+        let mut parts = Parts { parts: Vec::new() };
+        for block in range.start..range.end() {
+            let leaf = map.block(block);
+            if leaf.device == 0 {
+                parts.zero();
+            } else {
+                let at = self.alloc.location(leaf.device);
+                parts.device(at, self.log.is_ring(at), leaf.device, block, leaf.crc);
+            }
+        }
+        parts.parts
+    }
+
+    pub(crate) fn start_read(
+        &mut self,
+        volume: VolumeId,
+        range: BlockRange,
+        token: Token,
+    ) -> Result<(), StorageError> {
+        let parts = self.map_parts(&self.replicas[&volume].head, range);
+        self.start_job(volume, For::Read(token), parts).map_err(|(_, error)| error)
+    }
+
+    pub(crate) fn start_log_read(
+        &mut self,
+        volume: VolumeId,
+        from: Lsn,
+        bytes_max: usize,
+        token: Token,
+    ) -> Result<(), StorageError> {
+        let replica = &self.replicas[&volume];
+        assert!(replica.entry(from).is_some(), "only retained entries are read");
+        let mut parts = Parts { parts: Vec::new() };
+        let (mut entries, mut bytes, mut lsn) = (Vec::new(), 0, from);
+        while let Some(entry) = replica.entry(lsn) {
+            bytes += entry.header.payload_bytes();
+            if !entries.is_empty() && bytes > bytes_max {
+                break;
+            }
+            let before = parts.parts.len();
+            if let Some(memory) = &entry.memory {
+                parts.parts.push(Part::Ready(memory.clone()));
+            } else {
+                self.entry_parts(&entry.payload, &entry.crcs, &mut parts);
+            }
+            entries.push((entry.header, parts.parts.len() - before));
+            lsn = lsn.next();
+        }
+        self.start_job(volume, For::Log(token, entries), parts.parts).map_err(|(_, error)| error)
+    }
+
+    fn entry_parts(&self, payload: &Payload, crcs: &[u32], parts: &mut Parts) {
+        // A part must not run on from the entry before.
+        let mut own = Parts { parts: Vec::new() };
+        match payload {
+            Payload::None => {}
+            Payload::Ring(first) => {
+                for (at, crc) in (*first..).zip(crcs) {
+                    own.device(at, true, 0, 0, *crc);
+                }
+            }
+            Payload::Extents(runs) => {
+                let blocks = runs.iter().flat_map(|run| run.0..run.0 + run.1);
+                for (block, crc) in blocks.zip(crcs) {
+                    let at = self.alloc.location(block);
+                    own.device(at, self.log.is_ring(at), block, 0, *crc);
+                }
+            }
+        }
+        parts.parts.append(&mut own.parts);
+    }
+
+    /// Starts a job, or gives its purpose back.
+    fn start_job(
+        &mut self,
+        volume: VolumeId,
+        what: For,
+        mut parts: Vec<Part>,
+    ) -> Result<(), (For, StorageError)> {
+        let arena = self.options.arena.clone();
+        let kept = arena.blocks() / ARENA_SHARE_KEPT;
+        let needed: usize = parts.iter().map(Part::device_blocks).sum();
+        if needed > 0 && arena.free_blocks() < kept + needed {
+            return Err((what, StorageError::Busy));
+        }
+        let mut bufs = Vec::new();
+        for part in parts.iter().filter(|part| part.device_blocks() > 0) {
+            let Some(buf) = arena.take(part.device_blocks()) else {
+                return Err((what, StorageError::Busy));
+            };
+            bufs.push(buf);
+        }
+        let id = self.next_job;
+        self.next_job += 1;
+        let mut bufs = bufs.into_iter();
+        let mut left = 0;
+        for (index, part) in parts.iter_mut().enumerate() {
+            let Part::Device(part) = part else { continue };
+            for block in &part.held {
+                self.alloc.hold(*block);
+            }
+            if part.held.is_empty() {
+                let position = self.log.position_of(part.first);
+                part.pinned = Some(position);
+                *self.log.pins.entry(position).or_insert(0) += 1;
+            }
+            left += 1;
+            let offset = u64::from(part.first) * BLOCK_BYTES as u64;
+            let into = bufs.next().expect("one for each part");
+            self.submit(OpKind::Read { job: id, part: index }, DiskOp::Read { offset, into });
+        }
+        self.jobs.insert(id, Job { volume, what, parts, left, error: None });
+        if left == 0 {
+            self.finish_job(id);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn on_read_done(&mut self, id: u64, index: usize, done: DiskDone) {
+        let check = !self.ignores_checksums();
+        let job = self.jobs.get_mut(&id).expect("a read in progress");
+        let Part::Device(part) = &mut job.parts[index] else { panic!("a part in progress") };
+        for block in &part.held {
+            self.alloc.release(*block);
+        }
+        if let Some(position) = part.pinned {
+            let pins = self.log.pins.get_mut(&position).expect("pinned when it was started");
+            *pins -= 1;
+            if *pins == 0 {
+                self.log.pins.remove(&position);
+            }
+        }
+        let buf = done.buf.expect("a read's buffer comes back");
+        let bad = buf
+            .chunks(BLOCK_BYTES)
+            .zip(&part.crcs)
+            .position(|(block, crc)| check && crc32c(block) != *crc);
+        if let Err(error) = done.result {
+            job.error = Some(StorageError::Device(error.to_string()));
+        } else if let Some(bad) = bad {
+            let block = part.block + bad as u64;
+            job.error.get_or_insert(StorageError::Checksum { volume: job.volume, block });
+        }
+        job.parts[index] = Part::Ready(Bytes::from_owner(buf));
+        job.left -= 1;
+        if job.left == 0 {
+            self.finish_job(id);
+        }
+    }
+
+    fn finish_job(&mut self, id: u64) {
+        let job = self.jobs.remove(&id).expect("a read in progress");
+        let pieces = job.error.clone().map_or(Ok(()), Err);
+        match job.what {
+            For::Read(token) => {
+                let result = pieces.map(|()| flatten(job.parts));
+                self.events.push(StorageEvent::Read { token, result });
+            }
+            For::Log(token, entries) => {
+                let mut parts = job.parts.into_iter();
+                let result = pieces.map(|()| {
+                    entries
+                        .into_iter()
+                        .map(|(header, count)| Entry {
+                            header,
+                            payload: join(flatten(parts.by_ref().take(count).collect())),
+                        })
+                        .collect()
+                });
+                self.events.push(StorageEvent::Log { token, result });
+            }
+            For::Sums(mut sums) => match pieces {
+                Ok(()) => {
+                    let pieces = flatten(job.parts);
+                    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+                    for piece in &pieces {
+                        digest.update(piece);
+                    }
+                    let crc = u32::try_from(digest.finalize()).expect("32 bits of CRC");
+                    sums.rows.extend_from_slice(&(sums.chunk as u64).to_le_bytes());
+                    sums.rows.extend_from_slice(&crc.to_le_bytes());
+                    sums.chunk += 1;
+                    self.go_on_with_sums(job.volume, sums);
+                }
+                Err(error) => self.finish_sums(*sums, Err(error)),
+            },
+        }
+    }
+
+    pub(crate) fn start_sums(&mut self, volume: VolumeId, map: Map, token: Token) {
+        let sums = Box::new(Sums { token, map, chunk: 0, rows: Vec::new() });
+        self.go_on_with_sums(volume, sums);
+    }
+
+    /// The next chunk that has a block, one at a time.
+    fn go_on_with_sums(&mut self, volume: VolumeId, mut sums: Box<Sums>) {
+        let chunks = &sums.map.chunks;
+        let written = |chunk: &crate::map::Chunk| {
+            (0..CHUNK_BLOCKS).any(|index| chunk.block(index).device != 0)
+        };
+        while sums.chunk < chunks.len() && !written(&chunks[sums.chunk]) {
+            sums.chunk += 1;
+        }
+        if sums.chunk == chunks.len() {
+            let rows = Bytes::from(std::mem::take(&mut sums.rows));
+            return self.finish_sums(*sums, Ok(vec![rows]));
+        }
+        let start = sums.chunk as u64 * CHUNK_BLOCKS as u64;
+        let range = BlockRange { start, count: CHUNK_BLOCKS as u32 };
+        let parts = self.map_parts(&sums.map, range);
+        if let Err((For::Sums(sums), error)) = self.start_job(volume, For::Sums(sums), parts) {
+            self.finish_sums(*sums, Err(error));
+        }
+    }
+
+    fn finish_sums(&mut self, sums: Sums, result: Result<Vec<Bytes>, StorageError>) {
+        let mut space = Space { alloc: &mut self.alloc, leaves: &mut self.leaves };
+        sums.map.release(&mut space);
+        self.events.push(StorageEvent::Read { token: sums.token, result });
+    }
+
+    /// Holders that reads in progress add, for `check`.
+    pub(crate) fn read_holds(&self) -> impl Iterator<Item = u32> + '_ {
+        let parts = self.jobs.values().flat_map(|job| &job.parts);
+        parts.flat_map(|part| match part {
+            Part::Device(part) => part.held.clone(),
+            _ => Vec::new(),
+        })
+    }
+
+    /// Maps that reads in progress keep, for `check`.
+    pub(crate) fn read_maps(&self) -> impl Iterator<Item = &Map> {
+        self.jobs.values().filter_map(|job| match &job.what {
+            For::Sums(sums) => Some(&sums.map),
+            _ => None,
+        })
+    }
+
+    #[cfg(not(feature = "canary"))]
+    #[allow(clippy::unused_self)] // the other build looks at the options
+    fn ignores_checksums(&self) -> bool {
+        false
+    }
+
+    #[cfg(feature = "canary")]
+    fn ignores_checksums(&self) -> bool {
+        self.options.canary == Some(crate::options::Canary::IgnoreChecksums)
+    }
+}
+
+impl Part {
+    fn device_blocks(&self) -> usize {
+        match self {
+            Self::Device(part) => part.crcs.len(),
+            _ => 0,
+        }
+    }
+}
+
+fn flatten(parts: Vec<Part>) -> Vec<Bytes> {
+    let mut pieces = Vec::with_capacity(parts.len());
+    for part in parts {
+        match part {
+            Part::Ready(bytes) => pieces.push(bytes),
+            Part::Zero(mut count) => {
+                while count > 0 {
+                    let now = count.min(ZEROES_BLOCKS);
+                    pieces.push(Bytes::from_static(&ZEROES[..now * BLOCK_BYTES]));
+                    count -= now;
+                }
+            }
+            Part::Device(_) => panic!("every part has completed"),
+        }
+    }
+    pieces
+}
+
+fn join(mut pieces: Vec<Bytes>) -> Bytes {
+    match pieces.len() {
+        0 => Bytes::new(),
+        1 => pieces.remove(0),
+        _ => pieces.concat().into(),
+    }
+}

@@ -1,0 +1,724 @@
+//! A store on a simulated disk beside a model that is naive on purpose: maps of blocks, a list of
+//! all entries ever made.
+
+#![allow(dead_code)] // each test uses its part
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use tercet_proto::disk::{StoreId, crc32c};
+use tercet_proto::storage::{Storage, StorageError, StorageEvent};
+use tercet_proto::{
+    BLOCK_BYTES, BlockRange, Config, ConfigState, Entry, EntryHeader, EntryKind, Epoch, InstanceId,
+    Instant, Lsn, Member, NewReplica, NodeName, Place, Primary, Promise, ReplicaId, SnapshotId,
+    Token, VolumeId,
+};
+use tercet_store::arena::Arena;
+use tercet_store::disk::Disk;
+use tercet_store::simdisk::SimDisk;
+use tercet_store::{FormatOptions, OpenReport, Options, Store};
+use uuid::Uuid;
+
+pub const ARENA_BYTES: usize = 16 << 20;
+
+pub fn id(number: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[8..].copy_from_slice(&number.to_be_bytes());
+    bytes
+}
+
+pub fn volume_id(number: u64) -> VolumeId {
+    VolumeId::from_bytes(id(number))
+}
+
+pub fn format_options() -> FormatOptions {
+    FormatOptions {
+        store: StoreId(id(0x5704e)),
+        cluster: Uuid::from_bytes(id(0xc1)),
+        node: NodeName::new("node-a"),
+        shard: 0,
+        ring_blocks: None,
+        overwrite: false,
+    }
+}
+
+pub fn config(epoch: u64) -> Config {
+    let node = NodeName::new("node-a");
+    Config {
+        epoch: Epoch(epoch),
+        state: ConfigState::Recovering,
+        primary: Primary { node: node.clone(), instance: InstanceId::from_bytes(id(epoch)) },
+        members: vec![Member { node, replica: ReplicaId::from_bytes(id(1)) }],
+        previous_members: None,
+        learners: Vec::new(),
+        single_copy: None,
+        restored: None,
+    }
+}
+
+/// A payload in which each block says its tag and number.
+pub fn payload(tag: u64, blocks: u32) -> Bytes {
+    let mut bytes = Vec::with_capacity(blocks as usize * BLOCK_BYTES);
+    for index in 0..blocks {
+        bytes.extend_from_slice(&block_bytes(tag + (u64::from(index) << 40)));
+    }
+    bytes.into()
+}
+
+pub fn block_bytes(tag: u64) -> Vec<u8> {
+    tag.to_le_bytes().repeat(BLOCK_BYTES / 8)
+}
+
+/// What a volume looks like: tag of each block that is not zero.
+pub type Content = BTreeMap<u64, u64>;
+
+#[derive(Clone, Debug)]
+pub struct ModelEntry {
+    pub header: EntryHeader,
+    pub tag: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct ModelSnapshot {
+    pub id: SnapshotId,
+    pub place: Place,
+    pub size: u64,
+    pub content: Content,
+}
+
+#[derive(Clone, Debug)]
+pub struct ModelVolume {
+    pub replica: ReplicaId,
+    /// The log as it is meant to be now, from lsn 1.
+    pub log: Vec<ModelEntry>,
+    /// Every entry ever appended.
+    pub ever: BTreeMap<Place, ModelEntry>,
+    /// Told durable, and nothing at or below it was dropped since.
+    pub acked: Place,
+    pub applied: u64,
+    pub content: Content,
+    pub size: u64,
+    pub snapshots: Vec<ModelSnapshot>,
+    pub promise_acked: u64,
+    pub promise_asked: u64,
+    pub epoch: u64,
+}
+
+impl ModelVolume {
+    pub fn tail(&self) -> Place {
+        self.log.last().map_or(Place::EMPTY, |entry| entry.header.place)
+    }
+
+    pub fn place_at(&self, lsn: u64) -> Place {
+        match lsn {
+            0 => Place::EMPTY,
+            lsn => self.log[lsn as usize - 1].header.place,
+        }
+    }
+
+    /// Size once everything in the log is applied.
+    pub fn size_at_tail(&self) -> u64 {
+        self.log[self.applied as usize..].iter().fold(self.size, |size, entry| {
+            match entry.header.kind {
+                EntryKind::Grow { size_blocks } => size.max(size_blocks),
+                _ => size,
+            }
+        })
+    }
+
+    pub fn apply_next(&mut self) {
+        let entry = self.log[self.applied as usize].clone();
+        self.applied += 1;
+        match entry.header.kind {
+            EntryKind::Noop => {}
+            EntryKind::Write { range, .. } => {
+                for index in 0..u64::from(range.count) {
+                    self.content.insert(range.start + index, entry.tag + (index << 40));
+                }
+            }
+            EntryKind::Zero { range, .. } => {
+                self.content.retain(|block, _| *block < range.start || *block >= range.end());
+            }
+            EntryKind::Grow { size_blocks } => self.size = self.size.max(size_blocks),
+            EntryKind::Snapshot { id } => {
+                if self.snapshots.iter().all(|snapshot| snapshot.id != id) {
+                    self.snapshots.push(ModelSnapshot {
+                        id,
+                        place: entry.header.place,
+                        size: self.size,
+                        content: self.content.clone(),
+                    });
+                }
+            }
+            EntryKind::SnapshotDelete { id } => self.snapshots.retain(|snap| snap.id != id),
+        }
+    }
+}
+
+/// Store, disk and model.
+pub struct World {
+    pub rng: SmallRng,
+    pub arena: Arena,
+    pub disk: SimDisk,
+    pub store: Store,
+    pub model: BTreeMap<VolumeId, ModelVolume>,
+    /// Asked to be made or deleted, not answered yet.
+    pub making: BTreeMap<Token, (VolumeId, ModelVolume)>,
+    pub deleting: BTreeMap<Token, VolumeId>,
+    pub promising: BTreeMap<Token, (VolumeId, u64)>,
+    pub reads: BTreeMap<Token, (VolumeId, BlockRange, Content)>,
+    pub log_reads: BTreeMap<Token, (VolumeId, ReplicaId, u64)>,
+    pub deleted: BTreeSet<VolumeId>,
+    pub next: u64,
+    pub now: Instant,
+    pub failed: bool,
+    pub reads_checked: u64,
+    pub reads_busy: u64,
+    pub violations: Vec<String>,
+    pub options: Options,
+    pub instances: u64,
+}
+
+impl World {
+    pub fn new(seed: u64, capacity_bytes: u64, ring_blocks: Option<u32>) -> Self {
+        let options = Options::new(Arena::new(ARENA_BYTES));
+        #[cfg(feature = "canary")]
+        let options = Options { canary: canary(), ..options };
+        Self::with_options(seed, capacity_bytes, ring_blocks, options)
+    }
+
+    pub fn with_options(
+        seed: u64,
+        capacity_bytes: u64,
+        ring_blocks: Option<u32>,
+        options: Options,
+    ) -> Self {
+        let mut disk = SimDisk::new(capacity_bytes);
+        let format = FormatOptions { ring_blocks, ..format_options() };
+        Store::format(&mut disk, &format, &options).expect("formats");
+        let instance = InstanceId::from_bytes(id(1));
+        let (store, report) = Store::open(&mut disk, options.clone(), instance).expect("opens");
+        assert_eq!(report, OpenReport::default());
+        Self {
+            rng: SmallRng::seed_from_u64(seed),
+            arena: options.arena.clone(),
+            disk,
+            store,
+            model: BTreeMap::new(),
+            making: BTreeMap::new(),
+            deleting: BTreeMap::new(),
+            promising: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            log_reads: BTreeMap::new(),
+            deleted: BTreeSet::new(),
+            next: 1,
+            now: Instant(1),
+            failed: false,
+            reads_checked: 0,
+            reads_busy: 0,
+            violations: Vec::new(),
+            options,
+            instances: 1,
+        }
+    }
+
+    pub fn fresh(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Submits what the store wants.
+    pub fn pump(&mut self) {
+        let (mut ops, mut events) = (Vec::new(), Vec::new());
+        self.store.take(&mut ops, &mut events);
+        for (token, op) in ops {
+            self.disk.submit(token, op);
+        }
+        for event in events {
+            self.event(event);
+        }
+    }
+
+    /// Completes one operation in flight, any; false when there is none.
+    pub fn complete_one(&mut self) -> bool {
+        let in_flight = self.disk.in_flight();
+        if in_flight.is_empty() {
+            return false;
+        }
+        let token = in_flight[self.rng.random_range(0..in_flight.len())];
+        self.disk.complete(token);
+        self.deliver();
+        true
+    }
+
+    pub fn deliver(&mut self) {
+        let mut done = Vec::new();
+        tercet_store::disk::Disk::poll(&mut self.disk, &mut done);
+        for one in done {
+            self.store.on_disk(one, self.now);
+            self.pump();
+        }
+    }
+
+    /// Runs until nothing is in flight and time alone would change anything.
+    pub fn settle(&mut self) {
+        self.pump();
+        while self.complete_one() {}
+        self.pump();
+        assert!(self.disk.in_flight().is_empty(), "settled");
+    }
+
+    /// Like `settle`, but the operation with this number fails.
+    pub fn settle_failing(&mut self, number: u64) {
+        self.pump();
+        while !self.failed {
+            let Some(token) = self.disk.in_flight().first().copied() else {
+                break;
+            };
+            if self.disk.operations == number {
+                self.disk.fail(token);
+            }
+            self.disk.complete(token);
+            self.deliver();
+        }
+    }
+
+    /// A poisoned store does nothing any more.
+    pub fn expect_refusals(&mut self, volume: VolumeId) {
+        let device = |error: &StorageError| matches!(error, StorageError::Device(_));
+        let refused = self.store.append(volume, None, Vec::new()).expect_err("refused");
+        assert!(device(&refused), "{refused}");
+        let (mut ops, mut events) = (Vec::new(), Vec::new());
+        let range = BlockRange { start: 0, count: 1 };
+        self.store.read(volume, range, Token(1 << 40));
+        self.store.set_promise(volume, Promise { config: config(99) }, Token(2 << 40));
+        self.store.take(&mut ops, &mut events);
+        assert!(ops.is_empty(), "nothing more goes to the device");
+        let errors = events.iter().filter(|event| match event {
+            StorageEvent::Read { result: Err(error), .. }
+            | StorageEvent::Done { result: Err(error), .. } => device(error),
+            _ => false,
+        });
+        assert_eq!(errors.count(), 2, "{events:?}");
+    }
+
+    /// The same model with another disk and no store on it yet: for `restart`.
+    pub fn fork(&self, mut disk: SimDisk) -> Self {
+        let options = self.options.clone();
+        let instance = InstanceId::from_bytes(id(self.instances));
+        // Opening twice shows that an opening changes nothing that the next one needs.
+        let (store, _) = Store::open(&mut disk, options, instance).expect("opens");
+        Self {
+            rng: self.rng.clone(),
+            arena: self.arena.clone(),
+            disk,
+            store,
+            model: self.model.clone(),
+            making: self.making.clone(),
+            deleting: self.deleting.clone(),
+            promising: self.promising.clone(),
+            reads: BTreeMap::new(),
+            log_reads: BTreeMap::new(),
+            deleted: self.deleted.clone(),
+            next: self.next,
+            now: self.now,
+            failed: false,
+            reads_checked: 0,
+            reads_busy: 0,
+            violations: Vec::new(),
+            options: self.options.clone(),
+            instances: self.instances,
+        }
+    }
+
+    pub fn tick(&mut self, millis: u64) {
+        self.now = Instant(self.now.0 + millis * 1_000_000);
+        self.store.tick(self.now);
+        self.pump();
+    }
+
+    fn event(&mut self, event: StorageEvent) {
+        match event {
+            StorageEvent::Durable { volume, place } => {
+                let Some(model) = self.model.get_mut(&volume) else {
+                    return;
+                };
+                if model.log.iter().any(|entry| entry.header.place == place) {
+                    model.acked = model.acked.max(place);
+                } else if place != Place::EMPTY {
+                    self.violations.push(format!("{volume}: durable {place:?} never appended"));
+                }
+            }
+            StorageEvent::Done { token, result } => self.done(token, &result),
+            StorageEvent::Read { token, result } => self.read_done(token, result),
+            StorageEvent::Log { token, result } => {
+                let (volume, replica, from) = self.log_reads.remove(&token).expect("asked for");
+                let same = self.model.get(&volume).is_some_and(|found| found.replica == replica);
+                if let Ok(entries) = result
+                    && same
+                {
+                    self.log_done(volume, from, &entries);
+                }
+            }
+            StorageEvent::Failed(_) => self.failed = true,
+        }
+    }
+
+    fn done(&mut self, token: Token, result: &Result<(), StorageError>) {
+        if let Some((volume, model)) = self.making.remove(&token)
+            && result.is_ok()
+        {
+            self.deleted.remove(&volume);
+            self.model.insert(volume, model);
+        }
+        if let Some(volume) = self.deleting.remove(&token)
+            && result.is_ok()
+        {
+            self.model.remove(&volume);
+            self.deleted.insert(volume);
+        }
+        if let Some((volume, epoch)) = self.promising.remove(&token)
+            && result.is_ok()
+            && let Some(model) = self.model.get_mut(&volume)
+        {
+            model.promise_acked = epoch;
+        }
+    }
+
+    fn read_done(&mut self, token: Token, result: Result<Vec<Bytes>, StorageError>) {
+        let (volume, range, content) = self.reads.remove(&token).expect("asked for");
+        match result {
+            Ok(pieces) => {
+                self.reads_checked += 1;
+                let bytes = pieces.concat();
+                assert_eq!(bytes.len(), range.bytes());
+                for (index, block) in bytes.chunks(BLOCK_BYTES).enumerate() {
+                    let number = range.start + index as u64;
+                    let expected = content.get(&number).copied();
+                    let wanted = expected.map_or_else(|| vec![0; BLOCK_BYTES], block_bytes);
+                    if block != wanted {
+                        let text = format!("{volume}: block {number} is not {expected:x?}");
+                        self.violations.push(text);
+                    }
+                }
+            }
+            Err(StorageError::Busy) => self.reads_busy += 1,
+            Err(error) if self.failed => drop(error),
+            Err(error) => self.violations.push(format!("{volume}: read {range:?}: {error}")),
+        }
+    }
+
+    fn log_done(&mut self, volume: VolumeId, from: u64, entries: &[Entry]) {
+        assert!(!entries.is_empty());
+        let Some(model) = self.model.get(&volume) else {
+            return;
+        };
+        for (index, entry) in entries.iter().enumerate() {
+            let place = entry.header.place;
+            let known = model.ever.get(&place);
+            let same = known.is_some_and(|known| {
+                known.header == entry.header
+                    && entry.payload == payload(known.tag, (entry.payload.len() / 4096) as u32)
+            });
+            if !same || place.lsn.0 != from + index as u64 {
+                self.violations.push(format!("{volume}: read log {place:?} is not what was put"));
+            }
+        }
+    }
+
+    // What tests do.
+
+    pub fn create(&mut self, volume: VolumeId, size: u64, source: Option<(VolumeId, usize)>) {
+        let number = self.fresh();
+        let token = Token(number);
+        let replica = ReplicaId::from_bytes(id(number));
+        let mut model = ModelVolume {
+            replica,
+            log: Vec::new(),
+            ever: BTreeMap::new(),
+            acked: Place::EMPTY,
+            applied: 0,
+            content: Content::new(),
+            size,
+            snapshots: Vec::new(),
+            promise_acked: 0,
+            promise_asked: 0,
+            epoch: 1,
+        };
+        let source = source.map(|(from, index)| {
+            let snapshot = &self.model[&from].snapshots[index];
+            model.content = snapshot.content.clone();
+            model.size = size.max(snapshot.size);
+            (from, snapshot.id)
+        });
+        let name = format!("vol-{number}");
+        let new = NewReplica { volume, replica, name, size_blocks: model.size, source };
+        self.making.insert(token, (volume, model));
+        self.store.create_replica(new, token);
+        self.pump();
+    }
+
+    pub fn delete(&mut self, volume: VolumeId) {
+        let token = Token(self.fresh());
+        let replica = self.model[&volume].replica;
+        self.deleting.insert(token, volume);
+        self.store.delete_replica(volume, replica, token);
+        self.pump();
+    }
+
+    pub fn promise(&mut self, volume: VolumeId, epoch: u64) {
+        let token = Token(self.fresh());
+        self.promising.insert(token, (volume, epoch));
+        self.model.get_mut(&volume).expect("there").promise_asked = epoch;
+        self.store.set_promise(volume, Promise { config: config(epoch) }, token);
+        self.pump();
+    }
+
+    /// Appends; with `drop_after` in a new epoch.
+    pub fn append(
+        &mut self,
+        volume: VolumeId,
+        drop_after: Option<u64>,
+        kinds: &[EntryKind],
+    ) -> Result<(), StorageError> {
+        let model = self.model.get_mut(&volume).expect("there");
+        let epoch = if drop_after.is_some() { model.epoch + 1 } else { model.epoch };
+        let mut tail = drop_after.map_or(model.tail(), |after| model.place_at(after));
+        let mut entries = Vec::new();
+        let mut made = Vec::new();
+        for kind in kinds {
+            self.next += 1;
+            let tag = self.next;
+            let mut kind = *kind;
+            let mut bytes = Bytes::new();
+            if let EntryKind::Write { range, payload_crc } = &mut kind {
+                bytes = payload(tag, range.count);
+                *payload_crc = crc32c(&bytes);
+            }
+            let place = Place { epoch: Epoch(epoch), lsn: tail.lsn.next() };
+            let header = EntryHeader { place, prev_epoch: tail.epoch, kind };
+            entries.push(Entry { header, payload: bytes });
+            made.push(ModelEntry { header, tag });
+            tail = place;
+        }
+        self.store.append(volume, drop_after.map(Lsn), entries)?;
+        model.epoch = epoch;
+        if let Some(after) = drop_after {
+            model.acked = model.acked.min(model.place_at(after));
+            model.log.truncate(after as usize);
+        }
+        for entry in made {
+            model.ever.insert(entry.header.place, entry.clone());
+            model.log.push(entry);
+        }
+        self.pump();
+        Ok(())
+    }
+
+    pub fn write(&mut self, volume: VolumeId, start: u64, count: u32) -> Result<(), StorageError> {
+        let range = BlockRange { start, count };
+        self.append(volume, None, &[EntryKind::Write { range, payload_crc: 0 }])
+    }
+
+    /// Applies up to what is durable, at most `count`.
+    pub fn apply(&mut self, volume: VolumeId, count: u64) {
+        let durable = self.store.replica(volume).expect("there").durable.lsn.0;
+        let model = self.model.get_mut(&volume).expect("there");
+        let target = durable.min(model.applied + count);
+        while model.applied < target {
+            model.apply_next();
+        }
+        self.store.apply(volume, Lsn(target));
+        self.pump();
+    }
+
+    pub fn read(&mut self, volume: VolumeId, start: u64, count: u32) {
+        let token = Token(self.fresh());
+        let range = BlockRange { start, count };
+        let model = &self.model[&volume];
+        let content = model.content.range(start..range.end()).map(|(k, v)| (*k, *v)).collect();
+        self.reads.insert(token, (volume, range, content));
+        self.store.read(volume, range, token);
+        self.pump();
+    }
+
+    pub fn read_log(&mut self, volume: VolumeId, from: u64) {
+        let token = Token(self.fresh());
+        let replica = self.model[&volume].replica;
+        self.log_reads.insert(token, (volume, replica, from));
+        self.store.read_log(volume, Lsn(from), 100_000, token);
+        self.pump();
+    }
+
+    /// Opens again after a power cut or a kill, and holds what is there against the model.
+    pub fn restart(&mut self) -> OpenReport {
+        self.instances += 1;
+        let instance = InstanceId::from_bytes(id(self.instances));
+        let options = self.options.clone();
+        let (store, report) = Store::open(&mut self.disk, options, instance).expect("opens");
+        self.store = store;
+        self.reads.clear();
+        self.log_reads.clear();
+        self.failed = false;
+        self.after_restart();
+        report
+    }
+
+    fn after_restart(&mut self) {
+        for (volume, model) in std::mem::take(&mut self.making).into_values() {
+            if self.store.replica(volume).is_some_and(|found| found.replica == model.replica) {
+                self.model.insert(volume, model);
+                self.deleted.remove(&volume);
+            }
+        }
+        for volume in std::mem::take(&mut self.deleting).into_values() {
+            if self.store.replica(volume).is_none() && self.model.remove(&volume).is_some() {
+                self.deleted.insert(volume);
+            }
+        }
+        self.promising.clear();
+        let volumes: Vec<VolumeId> = self.model.keys().copied().collect();
+        let there: Vec<VolumeId> =
+            self.store.replicas().iter().map(|replica| replica.volume).collect();
+        if volumes != there {
+            self.violations.push(format!("replicas {there:?}, not {volumes:?}"));
+            return;
+        }
+        for volume in volumes {
+            self.compare_log(volume);
+        }
+        let wrong = self.store.check();
+        self.violations.extend(wrong);
+    }
+
+    fn compare_log(&mut self, volume: VolumeId) {
+        let state = self.store.replica(volume).expect("there");
+        let model = self.model.get_mut(&volume).expect("there");
+        let epoch = state.promise.as_ref().map_or(0, |promise| promise.epoch().0);
+        if epoch < model.promise_acked || epoch > model.promise_asked {
+            self.violations.push(format!("{volume}: promise {epoch}"));
+        }
+        (model.promise_acked, model.promise_asked) = (epoch, epoch);
+        if state.incomplete.is_some() {
+            self.violations.push(format!("{volume}: incomplete without damage"));
+        }
+        if state.tail != state.durable || state.applied.lsn.0 > model.applied {
+            self.violations.push(format!("{volume}: {state:?}"));
+        }
+        if state.tail.lsn < model.acked.lsn || state.tail.lsn.0 < model.applied {
+            self.violations
+                .push(format!("{volume}: {:?} lost, acked {:?}", state.tail, model.acked));
+            return;
+        }
+        // The log behind `applied` must be a chain of entries that were appended, and hold what
+        // was acknowledged.
+        let from = state.applied.lsn.0;
+        let mut log = model.log[..(from as usize).min(model.log.len())].to_vec();
+        for lsn in from + 1..=state.tail.lsn.0 {
+            let header = self.store.header(volume, Lsn(lsn));
+            let known = header.and_then(|header| model.ever.get(&header.place));
+            let Some(known) = known.filter(|known| Some(known.header) == header) else {
+                self.violations.push(format!("{volume}: entry {lsn} is {header:?}"));
+                return;
+            };
+            let tail = log.last().map_or(Place::EMPTY, |entry: &ModelEntry| entry.header.place);
+            if known.header.prev() != tail {
+                self.violations.push(format!("{volume}: entry {lsn} does not follow"));
+            }
+            log.push(known.clone());
+        }
+        if model.acked.lsn.0 > 0 && log[model.acked.lsn.0 as usize - 1].header.place != model.acked
+        {
+            self.violations.push(format!("{volume}: acknowledged {:?} replaced", model.acked));
+        }
+        model.log = log;
+        model.acked = state.tail;
+        model.epoch = model.ever.keys().map(|place| place.epoch.0).max().unwrap_or(1);
+        self.store.apply(volume, Lsn(model.applied));
+    }
+
+    /// Reads every volume and (by a clone each) every snapshot.
+    pub fn compare_all(&mut self) {
+        let volumes: Vec<VolumeId> = self.model.keys().copied().collect();
+        for volume in volumes {
+            self.compare_volume(volume);
+            let state = self.store.snapshots(volume);
+            let model = &self.model[&volume];
+            let same = state
+                .iter()
+                .map(|snap| (snap.id, snap.place, snap.size_blocks))
+                .eq(model.snapshots.iter().map(|snap| (snap.id, snap.place, snap.size)));
+            if !same {
+                self.violations.push(format!("{volume}: snapshots {state:?}"));
+            }
+            for index in 0..model.snapshots.len() {
+                let clone = volume_id(0xc10e_0000 + self.fresh());
+                self.create(clone, 1, Some((volume, index)));
+                self.settle();
+                self.compare_volume(clone);
+                self.delete(clone);
+                self.settle();
+                self.deleted.remove(&clone);
+            }
+        }
+        self.settle();
+        let wrong = self.store.check();
+        self.violations.extend(wrong);
+    }
+
+    pub fn compare_volume(&mut self, volume: VolumeId) {
+        let Some(size) = self.model.get(&volume).map(|model| model.size) else {
+            self.violations.push(format!("{volume}: is not there"));
+            return;
+        };
+        let mut block = 0;
+        while block < size {
+            let count = (size - block).min(512) as u32;
+            self.read(volume, block, count);
+            self.settle();
+            block += u64::from(count);
+        }
+    }
+
+    pub fn assert_well(&self, what: &str) {
+        assert!(self.violations.is_empty(), "{what}: {:#?}", self.violations);
+    }
+}
+
+/// A row of evidence, where somebody collects it.
+pub fn evidence(name: &str, count: u64, violations: u64, started: std::time::Instant) {
+    use std::io::Write as _;
+    let seconds = started.elapsed().as_secs_f64();
+    println!("{name}: {count} in {seconds:.1} s, {violations} violations");
+    if let Ok(path) = std::env::var("TERCET_EVIDENCE") {
+        let mut file = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .expect("the evidence file");
+        writeln!(
+            file,
+            "{{\"evidence\": \"{name}\", \"count\": {count}, \"violations\": {violations}, \
+             \"seconds\": {seconds:.3}}}"
+        )
+        .expect("a row of evidence");
+    }
+}
+
+/// The rule to break, from the environment: these tests must fail then.
+#[cfg(feature = "canary")]
+fn canary() -> Option<tercet_store::Canary> {
+    use tercet_store::Canary;
+    let name = std::env::var("TERCET_CANARY").ok()?;
+    Some(match name.as_str() {
+        "skip-flush" => Canary::SkipFlush,
+        "torn-tail-for-damage" => Canary::TornTailForDamage,
+        "reuse-freed-early" => Canary::ReuseFreedEarly,
+        "cut-early" => Canary::CutEarly,
+        "forget-drop" => Canary::ForgetDrop,
+        "ignore-checksums" => Canary::IgnoreChecksums,
+        other => panic!("no canary {other}"),
+    })
+}

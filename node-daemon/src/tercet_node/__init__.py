@@ -1,0 +1,1 @@
+"""Tercet's agent: one for each node, beside the engine whose control it is."""

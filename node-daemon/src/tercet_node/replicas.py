@@ -1,0 +1,166 @@
+"""What this node owes a Volume object about its replica here: make, report, delete (pure).
+
+The life of a replica, as architecture.md has it: the operator places (state Placed), the agent has
+the engine make it and reports the id (Created), or says why it cannot (Failed). Deletion needs the
+object's own deletionTimestamp and the operator's word that nothing depends on the volume any more
+(phase Deleting); it goes by replica ids that the object names, never by UUID or name.
+
+`decide` returns one step; the executor reads the object consistently, takes it, writes the result
+with a `test` of what it decided upon, and looks again. Between any two of these the agent may die:
+making and deleting are idempotent in the engine, so the same step is simply taken again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tercet_api.clients import Json, expect, put
+from tercet_api.names import clone_snapshot, is_uuid
+from tercet_api.objects import ReplicaPhase, Snapshot, Volume, VolumeReplica
+from tercet_node.protos import engine_pb2 as pb
+from tercet_node.views import config_members
+
+MESSAGE_CHARS_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Make the replica of status.replicas[index], then report its id."""
+
+    index: int
+    request: pb.CreateReplicaRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Write this into status.replicas[index] (None: append)."""
+
+    index: int | None
+    entry: VolumeReplica
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete the replica with this id, then report `entry` at index (None: append)."""
+
+    replica: str
+    index: int | None
+    entry: VolumeReplica
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can be done before something else changes."""
+
+    reason: str
+
+
+Step = Create | Report | Delete | Wait
+
+
+def decide(
+    volume: Volume, node: str, held: pb.ReplicaStatus | None, snapshots: Mapping[str, Snapshot]
+) -> Step | None:
+    """The next step for a volume here, or None. `held`: the engine's replica of (uuid, name)."""
+    if volume.spec.uuid is None:
+        return None
+    if volume.deletion_allowed:
+        return _deletion(volume, node, held)
+    if volume.deleting:
+        return Wait("its deletion is asked for, and the operator has not allowed it yet")
+    for index, entry in enumerate(volume.status.replicas):
+        if entry.node != node or entry.state is not ReplicaPhase.PLACED or entry.replica:
+            continue
+        # T9: replicas are made at creation only. A volume that has a config has its replicas; one
+        # of them that is missing here comes back as a learner (M1) and never as an empty member.
+        if volume.status.config is not None:
+            return Wait("status.config is there already: a new replica would be a learner (M1)")
+        return _creation(volume, index, snapshots)
+    return None
+
+
+def origin(volume: Volume) -> str | None:
+    """Name of the Snapshot that a volume starts from; None: from nothing."""
+    source = volume.spec.source
+    if source is None:
+        return None
+    return source.snapshot or clone_snapshot(volume.uid)
+
+
+def _creation(volume: Volume, index: int, snapshots: Mapping[str, Snapshot]) -> Step:
+    assert volume.spec.uuid is not None
+    request = pb.CreateReplicaRequest(
+        volume=volume.spec.uuid, name=volume.name, size_bytes=volume.spec.size_bytes
+    )
+    name = origin(volume)
+    if name is None:
+        return Create(index, request)
+    snapshot = snapshots.get(name)
+    if snapshot is None or snapshot.deleting:
+        return failure(volume, index, f"spec.source: there is no Snapshot {name}")
+    if not snapshot.status.ready_to_use or snapshot.status.volume_uuid is None:
+        return Wait(f"Snapshot {name} is not ready yet")
+    clone = pb.CloneSource(volume=snapshot.status.volume_uuid, snapshot=snapshot.uid)
+    request.source.CopyFrom(clone)
+    return Create(index, request)
+
+
+def _deletion(volume: Volume, node: str, held: pb.ReplicaStatus | None) -> Step | None:
+    named: set[str] = set()
+    for index, entry in enumerate(volume.status.replicas):
+        if entry.node != node:
+            continue
+        if entry.replica:
+            named.add(entry.replica)
+        if entry.state is ReplicaPhase.DELETED:
+            continue
+        if entry.replica:
+            return Delete(entry.replica, index, _as_deleted(entry))
+        # Crash window: the replica may have been made and not reported. Name it first, so that
+        # its deletion goes by an id that the object names.
+        if held is not None and entry.state is ReplicaPhase.PLACED:
+            return Report(index, created(entry, held.replica))
+        return Report(index, _as_deleted(entry))
+    for member in config_members(volume.status.config):
+        if member.node == node and member.replica not in named:
+            entry = VolumeReplica(
+                node=node, replica=member.replica, state=ReplicaPhase.DELETED, message=""
+            )
+            return Delete(member.replica, None, entry)
+    return None
+
+
+def created(entry: VolumeReplica, replica: str) -> VolumeReplica:
+    """The entry of a replica that was made."""
+    assert is_uuid(replica), f"the engine named its replica {replica!r}"
+    return entry.model_copy(
+        update={"replica": replica, "state": ReplicaPhase.CREATED, "message": ""}
+    )
+
+
+def failure(volume: Volume, index: int, message: str) -> Report:
+    """The entry of a replica that cannot be made."""
+    entry = volume.status.replicas[index]
+    update = {"state": ReplicaPhase.FAILED, "message": message[:MESSAGE_CHARS_MAX]}
+    return Report(index, entry.model_copy(update=update))
+
+
+def _as_deleted(entry: VolumeReplica) -> VolumeReplica:
+    return entry.model_copy(update={"state": ReplicaPhase.DELETED, "lag_bytes": 0, "message": ""})
+
+
+def patch(volume: Volume, index: int | None, entry: VolumeReplica) -> list[Json]:
+    """The JSON Patch that writes an entry if the object still is what was decided upon."""
+    operations = [expect("/metadata/uid", volume.uid)]
+    if index is None:
+        return [*operations, put("/status/replicas/-", entry.to_json())]
+    path = f"/status/replicas/{index}"
+    before = volume.status.replicas[index]
+    return [
+        *operations,
+        expect(f"{path}/node", before.node),
+        expect(f"{path}/state", before.state.value),
+        expect(f"{path}/replica", before.replica),
+        {"op": "replace", "path": path, "value": entry.to_json()},
+    ]

@@ -1,0 +1,10 @@
+"""Fixtures of this folder's tests: the control plane is the one of crds/tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "crds" / "tests"))
+
+from crds_control_plane import cluster
+
+__all__ = ["cluster"]
