@@ -240,6 +240,19 @@ async def test_growth_waits_until_the_volume_has_grown(world: World):
     assert (await world.service.ControllerExpandVolume(request, None)).capacity_bytes == 128 * MIB
 
 
+async def test_growth_beyond_a_nodes_room_is_refused_and_changes_nothing(world: World):
+    volume, _ = await world.create(), await world.create("pvc-2", size=900 * MIB)
+    request = csi.ControllerExpandVolumeRequest(volume_id=volume.volume_id)
+    request.capacity_range.required_bytes = 128 * MIB
+    with pytest.raises(Exhausted, match=f"n2 has room for {124 * MIB} bytes"):
+        await world.service.ControllerExpandVolume(request, None)
+    sizes = sorted(v["spec"]["sizeBytes"] for v in world.rest.volumes())
+    assert sizes == [64 * MIB, 900 * MIB]
+    request.capacity_range.required_bytes = 124 * MIB
+    grown = await world.service.ControllerExpandVolume(request, None)
+    assert grown.capacity_bytes == 124 * MIB
+
+
 async def test_lists_come_in_pages_and_bad_tokens_are_refused(world: World):
     for number in range(5):
         await world.create(f"pvc-{number}")

@@ -267,11 +267,16 @@ class Volumes:
         return True
 
     async def expand(self, volume_id: str, size_bytes: int, limit_bytes: int) -> Volume:
-        """Grow it and wait until it has grown; a smaller size changes nothing."""
+        """Grow it and wait until it has grown; a smaller size changes nothing.
+
+        Raises Exhausted (names the nodes without room; nothing was changed: a volume never shrinks
+        again), OutOfRange, DeadlineExceeded.
+        """
         volume = await self._cluster.find_volume(volume_id)
         if limit_bytes and volume.spec.size_bytes > limit_bytes:
             raise OutOfRange(f"volume {volume.name} has {volume.spec.size_bytes} bytes already")
         if size_bytes > volume.spec.size_bytes:
+            self._check_room(volume, size_bytes)
             patch = {"spec": {"sizeBytes": size_bytes}}
             try:
                 volume = await self._objects.patch(volume.name, patch)
@@ -288,10 +293,7 @@ class Volumes:
 
     async def capacity_bytes(self, replicas: int, segments: dict[str, str]) -> int:
         """The largest volume that could be placed now."""
-        placed: dict[str, int] = {}
-        for volume in self._cluster.volumes.known.values():
-            for replica in volume.status.replicas:
-                placed[replica.node] = placed.get(replica.node, 0) + volume.spec.size_bytes
+        placed = self._promised(besides="")
         free = sorted(
             (
                 max(0, node.status.capacity_bytes - placed.get(node.name, 0))
@@ -301,6 +303,33 @@ class Volumes:
             reverse=True,
         )
         return free[replicas - 1] if len(free) >= replicas else 0
+
+    def _promised(self, *, besides: str) -> dict[str, int]:
+        """Bytes promised on each node to all volumes but one, each counted with its whole size."""
+        placed: dict[str, int] = {}
+        for volume in self._cluster.volumes.known.values():
+            if volume.name == besides:
+                continue
+            for replica in volume.status.replicas:
+                placed[replica.node] = placed.get(replica.node, 0) + volume.spec.size_bytes
+        return placed
+
+    def _check_room(self, volume: Volume, size_bytes: int) -> None:
+        """Whether every node that keeps a replica has room for this size. Raises Exhausted."""
+        promised = self._promised(besides=volume.name)
+        short = []
+        for replica in volume.status.replicas:
+            node = self._cluster.nodes.known.get(replica.node)
+            if node is None:
+                continue  # it has left the cluster: its replica holds up nothing
+            room = node.status.capacity_bytes - promised.get(replica.node, 0)
+            if room < size_bytes:
+                short.append(f"{replica.node} has room for {max(room, 0)} bytes of it")
+        if short:
+            raise Exhausted(
+                f"volume {volume.name} cannot grow to {size_bytes} bytes: {'; '.join(short)}; "
+                "ask for less, or delete other volumes"
+            )
 
 
 def condition(volume: Volume, kind: str) -> Condition | None:
