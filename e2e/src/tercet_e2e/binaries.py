@@ -81,6 +81,31 @@ TOOLS: Mapping[str, Tool] = {
         _sidecar("csi-resizer", "v2.2.0", "external-resizer/v2"),
         _sidecar("csi-snapshotter", "v8.6.0", "external-snapshotter/v8"),
         _sidecar("snapshot-controller", "v8.6.0", "external-snapshotter/v8"),
+        # What installs the chart, and what checks it.
+        Tool(
+            "helm",
+            "v3.22.0",
+            "helm",
+            "helm.sh/helm/v3/cmd/helm",
+            ("version", "--short"),
+            ("helm.sh/helm/v3/internal/version.version",),
+        ),
+        Tool(
+            "kubeconform",
+            "v0.8.0",
+            "helm",
+            "github.com/yannh/kubeconform/cmd/kubeconform",
+            ("-v",),
+            ("main.version",),
+        ),
+        Tool(
+            "helm-unittest",
+            "v1.1.2",
+            "helm",
+            "github.com/helm-unittest/helm-unittest/cmd/helm-unittest",
+            ("--version",),
+            ("github.com/helm-unittest/helm-unittest/internal/build.version",),
+        ),
     )
 }
 
