@@ -8,12 +8,15 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc
 import pytest
 from csi_stand_in import Cluster as StandIn
 from fakeapi import FakeApi
 
 import tercet_csi.controller.volumes as controller_volumes
-from tercet_csi.controller.cluster import Cluster
+from tercet_api.clients import Unreachable
+from tercet_api.names import CLONE_LABEL, CSI_DRIVER
+from tercet_csi.controller.cluster import Cluster, refusal
 from tercet_csi.controller.service import ControllerService
 from tercet_csi.errors import (
     Aborted,
@@ -153,6 +156,9 @@ async def test_unknown_volumes_and_nodes_are_not_found(world: World):
         await world.publish(volume.volume_id, "n9")
     with pytest.raises(NotFound):
         await world.publish("nonsense", "n1")
+    for node in ("../volumes", "n1/status", "n1?x", "N" * 300):
+        with pytest.raises(NotFound, match="no node"):
+            await world.publish(volume.volume_id, node)
     await world.unpublish("0b0c0d0e-0000-4000-8000-00000000ffff", "n1")
     await world.delete("nonsense")
 
@@ -268,6 +274,74 @@ async def test_lists_come_in_pages_and_bad_tokens_are_refused(world: World):
     assert len(set(seen)) == 5
     with pytest.raises(Aborted, match="starting_token"):
         await world.service.ListVolumes(csi.ListVolumesRequest(starting_token="x"), None)
+
+
+async def test_what_comes_and_goes_between_pages_hides_nothing_else(world: World):
+    made = {(await world.create(f"pvc-{number}")).volume_id for number in range(6)}
+    first = await world.service.ListVolumes(csi.ListVolumesRequest(max_entries=3), None)
+    seen = [entry.volume.volume_id for entry in first.entries]
+    for volume_id in seen:
+        await world.delete(volume_id)
+    await world.create("pvc-new")
+    rest = await world.service.ListVolumes(
+        csi.ListVolumesRequest(starting_token=first.next_token), None
+    )
+    listed = [entry.volume.volume_id for entry in rest.entries]
+    assert made - set(seen) <= set(listed)
+    assert not set(seen) & set(listed)
+    assert len(first.next_token.encode()) <= 128
+
+
+async def test_a_snapshot_is_found_by_its_id_and_only_by_that(world: World):
+    volume = await world.create()
+    made = await world.snapshot(volume.volume_id)
+    found = await world.service.GetSnapshot(csi.GetSnapshotRequest(snapshot_id="snap-1"), None)
+    assert found.snapshot == made
+    for wrong in ("snap-2", "../volumes/pvc-1", "snap-1\n", "x" * 300, "a/status", "\u00fc"):
+        with pytest.raises(NotFound):
+            await world.service.GetSnapshot(csi.GetSnapshotRequest(snapshot_id=wrong), None)
+        await world.service.DeleteSnapshot(csi.DeleteSnapshotRequest(snapshot_id=wrong), None)
+        request = csi.ListSnapshotsRequest(snapshot_id=wrong)
+        assert not (await world.service.ListSnapshots(request, None)).entries
+
+
+async def test_the_snapshot_of_a_clone_is_nobodys(world: World):
+    """The operator makes and drops it; a user who saw it could delete it under the clone."""
+    volume = await world.create()
+    made = await world.snapshot(volume.volume_id, "snap-9")
+    stored = world.api.objects["/apis/tercet.io/v1alpha1/snapshots/snap-9"]
+    stored["metadata"]["labels"] = {CLONE_LABEL: "pvc-1"}
+    assert not (await world.service.ListSnapshots(csi.ListSnapshotsRequest(), None)).entries
+    with pytest.raises(NotFound):
+        await world.service.GetSnapshot(csi.GetSnapshotRequest(snapshot_id=made.snapshot_id), None)
+    await world.service.DeleteSnapshot(csi.DeleteSnapshotRequest(snapshot_id="snap-9"), None)
+    assert "/apis/tercet.io/v1alpha1/snapshots/snap-9" in world.api.objects
+    await world.delete(volume.volume_id)  # nor does it hold up its volume's end
+
+
+async def test_a_full_node_takes_no_further_volume(world: World):
+    first, second = await world.create("pvc-1"), await world.create("pvc-2")
+    driver = {"name": CSI_DRIVER, "nodeID": "n1", "allocatable": {"count": 1}}
+    world.api.objects["/apis/storage.k8s.io/v1/csinodes/n1"] = {
+        "metadata": {"name": "n1"},
+        "spec": {"drivers": [{"name": "other", "allocatable": {"count": 9}}, driver]},
+    }
+    await world.publish(first.volume_id, "n1")
+    await world.publish(first.volume_id, "n1")
+    with pytest.raises(Exhausted, match="node n1 has 1 volumes and takes 1"):
+        await world.publish(second.volume_id, "n1")
+    await world.publish(second.volume_id, "n2")
+    await world.unpublish(first.volume_id, "n1")
+    await world.unpublish(second.volume_id, "n2")
+    await world.publish(second.volume_id, "n1")
+
+
+async def test_an_api_server_that_is_away_is_no_final_answer():
+    """INTERNAL would be one: the caller would forget a volume that may have been made."""
+    unreachable = refusal(Unreachable("POST /volumes: no answer"))
+    assert unreachable is not None
+    assert unreachable.code is grpc.StatusCode.UNAVAILABLE
+    assert refusal(ValueError("a bug")) is None
 
 
 async def test_capacity_is_what_the_fullest_needed_node_has(world: World):

@@ -3,7 +3,7 @@
 import pytest
 
 from tercet_csi.capabilities import read_access
-from tercet_csi.controller.naming import object_name
+from tercet_csi.controller.naming import is_object_name, object_name
 from tercet_csi.controller.parameters import read_parameters, size_bytes
 from tercet_csi.errors import InvalidArgument, OutOfRange
 from tercet_csi.node.attach import Target
@@ -54,8 +54,29 @@ def test_names_become_object_names_always_the_same():
     odd = object_name("Ünüsual / name" + "x" * 100)
     assert odd == object_name("Ünüsual / name" + "x" * 100)
     assert len(odd) <= 63
-    with pytest.raises(InvalidArgument):
-        object_name("x" * 129)
+    assert object_name("pvc-1\n") != object_name("pvc-1")
+
+
+def test_names_have_up_to_128_bytes():
+    names = {object_name("x" * 128), object_name("\u00fc" * 64), object_name("\U0001f600" * 32)}
+    assert len(names) == 3
+    assert all(is_object_name(name) for name in names)
+    for long in ("x" * 129, "\u00fc" * 65):
+        with pytest.raises(InvalidArgument, match="at most 128"):
+            object_name(long)
+
+
+@pytest.mark.parametrize("banned", ["\0", "\x08", "\x0b", "\x0c", "\x1f", "\x7f", "\x9f"])
+def test_control_characters_are_no_name(banned: str):
+    with pytest.raises(InvalidArgument, match=r"U\+00"):
+        object_name(f"pvc{banned}1")
+    assert object_name("pvc\t1\r\n")
+
+
+def test_a_name_like_those_that_are_made_here_meets_none_of_them():
+    ours = object_name("A name")
+    assert object_name(ours) != ours
+    assert object_name("clone-0b0c0d0e").startswith("csi-")
 
 
 def test_many_writers_on_many_nodes_are_refused():

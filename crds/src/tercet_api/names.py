@@ -25,6 +25,8 @@ TOPOLOGY_NODE = f"topology.{CSI_DRIVER}/node"
 SIGNER = f"{GROUP}/node"
 NODE_LEASE_PREFIX = "storagenode-"
 OPERATOR_LEASE = "tercet-operator"
+CLONE_LABEL = f"{GROUP}/clone-of"
+"""On a Snapshot that the operator made for a clone, and drops: the volume it is of."""
 CA_SECRET = "tercet-ca"  # noqa: S105 - the name of an object
 CA_CONFIG_MAP = "tercet-ca"
 """Public half of the CA, key `ca.crt`, readable by every piece."""
@@ -37,7 +39,7 @@ _HOST_NQN = "nqn.2026-11.io.tercet:host:"
 
 def is_uuid(text: str) -> bool:
     """Whether text is a UUID in lower-case canonical form."""
-    return _UUID.match(text) is not None
+    return _UUID.fullmatch(text) is not None
 
 
 def clone_snapshot(volume_uid: str) -> str:

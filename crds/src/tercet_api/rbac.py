@@ -73,6 +73,8 @@ CLUSTER_RULES: dict[str, list[Manifest]] = {
         _rule(GROUP, (f"{VOLUMES}/status",), ("get", "patch")),
         _rule(GROUP, (STORAGENODES,), _READ),
         _rule("", ("nodes",), _READ),
+        # How many volumes a node takes.
+        _rule("storage.k8s.io", ("csinodes",), ("get",)),
         _rule(_EVENTS, ("events",), ("create", "patch")),
         _rule("certificates.k8s.io", (_REQUESTS,), ("create", *_READ)),
     ],

@@ -36,7 +36,7 @@ def controller(
 
 async def _controller(endpoint: str, kubeconfig: Path | None, http: str | None) -> None:
     from tercet_api.clients import Api
-    from tercet_csi.controller.cluster import Cluster
+    from tercet_csi.controller.cluster import Cluster, refusal
     from tercet_csi.controller.service import ControllerService
 
     async with Api(kubeconfig) as api, asyncio.TaskGroup() as tasks:
@@ -53,7 +53,7 @@ async def _controller(endpoint: str, kubeconfig: Path | None, http: str | None) 
             csi_pb2_grpc.add_IdentityServicer_to_server(Identity(ready), server)
             csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(cluster), server)
 
-        await serve(endpoint, http, register)
+        await serve(endpoint, http, register, refusal)
         for follower in followers:
             follower.cancel()
 

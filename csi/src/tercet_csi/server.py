@@ -34,8 +34,21 @@ log = structlog.get_logger("csi")
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[Any]]
 
 
+Translate = Callable[[Exception], CsiError | None]
+
+
+def _unknown(error: Exception) -> CsiError | None:
+    return None
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns CsiError into its status and everything else into INTERNAL with a logged traceback."""
+    """Turns CsiError into its status and everything else into INTERNAL with a logged traceback.
+
+    `translate` names the errors of what a service is built on that are no surprise.
+    """
+
+    def __init__(self, translate: Translate = _unknown) -> None:
+        self._translate = translate
 
     async def intercept_service(
         self,
@@ -49,7 +62,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or handler.unary_unary is None:
             return handler
         method = handler_call_details.method.rsplit("/", 1)[-1]
-        wrapped = _guarded(method, handler.unary_unary)
+        wrapped = _guarded(method, handler.unary_unary, self._translate)
         return grpc.unary_unary_rpc_method_handler(
             wrapped,
             request_deserializer=handler.request_deserializer,
@@ -57,7 +70,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-def _guarded(method: str, call: Any) -> Handler:
+def _guarded(method: str, call: Any, translate: Translate) -> Handler:
     async def run(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         started = time.monotonic()
         code, message = grpc.StatusCode.OK, ""
@@ -65,9 +78,13 @@ def _guarded(method: str, call: Any) -> Handler:
             return await call(request, context)
         except CsiError as error:
             code, message = error.code, str(error)
-        except Exception:  # the boundary: a bug must not end the service
-            log.exception("call failed unexpectedly", method=method)
-            code, message = grpc.StatusCode.INTERNAL, f"{method} failed unexpectedly: see the log"
+        except Exception as error:  # the boundary: a bug must not end the service
+            if (known := translate(error)) is not None:
+                code, message = known.code, str(known)
+            else:
+                log.exception("call failed unexpectedly", method=method)
+                code = grpc.StatusCode.INTERNAL
+                message = f"{method} failed unexpectedly: see the log"
         finally:
             seconds = time.monotonic() - started
             CALLS.labels(method, code.name).inc()
@@ -83,7 +100,10 @@ def _guarded(method: str, call: Any) -> Handler:
 
 
 async def serve(
-    endpoint: str, http: str | None, register: Callable[[grpc.aio.Server], None]
+    endpoint: str,
+    http: str | None,
+    register: Callable[[grpc.aio.Server], None],
+    translate: Translate = _unknown,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -95,7 +115,7 @@ async def serve(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ErrorInterceptor(translate)],
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)],
     )
     register(server)

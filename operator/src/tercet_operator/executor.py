@@ -28,7 +28,7 @@ from tercet_api.clients import (
     volumes,
 )
 from tercet_api.coordination import Lost, Refusal, Swapped, Unknown, swap_config
-from tercet_api.names import FINALIZER
+from tercet_api.names import CLONE_LABEL, FINALIZER
 from tercet_api.objects import (
     Metadata,
     Object,
@@ -51,8 +51,6 @@ from tercet_operator.actions import (
 from tercet_operator.events import Events
 from tercet_operator.metrics import Metrics
 from tercet_operator.world import World, newer
-
-CLONE_LABEL = "tercet.io/clone-of"
 
 Kind = NewType("Kind", str)
 NODE = Kind("StorageNode")

@@ -12,17 +12,21 @@ from typing import Generic, TypeVar
 
 from tercet_api.clients import (
     Api,
+    ApiError,
     Changed,
     Listed,
     Objects,
     Removed,
+    Unreachable,
     snapshots,
     storage_nodes,
     volumes,
 )
 from tercet_api.clients import NotFound as NoObject
+from tercet_api.names import CLONE_LABEL, CSI_DRIVER
 from tercet_api.objects import Object, Snapshot, StorageNode, Volume
-from tercet_csi.errors import DeadlineExceeded, NotFound
+from tercet_csi.controller.naming import is_object_name
+from tercet_csi.errors import CsiError, DeadlineExceeded, Internal, NotFound, Unavailable
 
 O = TypeVar("O", bound=Object)  # noqa: E741
 T = TypeVar("T")
@@ -93,10 +97,16 @@ class Cluster:
 
     async def find_snapshot(self, snapshot_id: str) -> Snapshot:
         """The Snapshot of this name, freshly read. Raises NotFound."""
+        missing = NotFound(f"there is no snapshot with the id {snapshot_id!r}")
+        if not is_object_name(snapshot_id):
+            raise missing
         try:
-            return await self.snapshots.objects.get(snapshot_id)
+            found = await self.snapshots.objects.get(snapshot_id)
         except NoObject:
-            raise NotFound(f"there is no snapshot with the id {snapshot_id}") from None
+            raise missing from None
+        if internal(found):
+            raise missing
+        return found
 
     async def snapshots_of(self, volume_name: str) -> list[Snapshot]:
         """All Snapshots of a Volume, from a consistent read."""
@@ -104,8 +114,49 @@ class Cluster:
 
     async def node_exists(self, name: str) -> bool:
         """Whether the Kubernetes node exists."""
+        if not is_object_name(name):
+            return False
         try:
             await self.api.request("GET", f"/api/v1/nodes/{name}")
         except NoObject:
             return False
         return True
+
+    async def volumes_max(self, node: str) -> int | None:
+        """How many volumes the node takes, as the kubelet wrote it down; none: nobody says."""
+        try:
+            found = await self.api.request("GET", f"/apis/storage.k8s.io/v1/csinodes/{node}")
+        except NoObject:
+            return None
+        for driver in found.get("spec", {}).get("drivers") or []:
+            if driver["name"] == CSI_DRIVER:
+                count = (driver.get("allocatable") or {}).get("count")
+                return None if count is None else int(count)
+        return None
+
+    def attached_to(self, node: str) -> list[str]:
+        """Names of the volumes that the node's host may use, as the watch has shown them."""
+        return [
+            volume.name
+            for volume in self.volumes.known.values()
+            if any(entry.node_name == node for entry in volume.spec.attachments)
+        ]
+
+
+def internal(snapshot: Snapshot) -> bool:
+    """Whether the operator made it for a clone: no user's, and gone when the clone is there."""
+    return CLONE_LABEL in snapshot.metadata.labels
+
+
+def refusal(error: Exception) -> CsiError | None:
+    """What a failure of the API server means to a caller; none for any other error.
+
+    Unreachable leaves open what was done, so it must not be an error that the specification calls
+    final: the caller would think that nothing is left behind.
+    """
+    match error:
+        case Unreachable():
+            return Unavailable(f"the API server does not answer ({error}): try again")
+        case ApiError():
+            return Internal(str(error))
+    return None

@@ -6,9 +6,8 @@ awaited rather than that time is up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.wrappers_pb2 import Int64Value
@@ -18,15 +17,15 @@ from tercet_api.objects import VOLUME_BYTES_MIN, Snapshot, Source, Volume
 from tercet_csi.capabilities import check_all, read_access
 from tercet_csi.controller.cluster import Cluster
 from tercet_csi.controller.naming import object_name
+from tercet_csi.controller.paging import page
 from tercet_csi.controller.parameters import read_parameters, size_bytes
 from tercet_csi.controller.snapshots import Snapshots
 from tercet_csi.controller.volumes import Volumes, Wanted
-from tercet_csi.errors import Aborted, CsiError, InvalidArgument, NotFound, OutOfRange
+from tercet_csi.errors import CsiError, InvalidArgument, NotFound, OutOfRange
 from tercet_csi.locks import ObjectLocks
 from tercet_csi.v1 import csi_pb2 as csi
 from tercet_csi.v1 import csi_pb2_grpc
 
-T = TypeVar("T")
 _RPC = csi.ControllerServiceCapability.RPC
 CAPABILITIES = (
     _RPC.CREATE_DELETE_VOLUME,
@@ -36,6 +35,7 @@ CAPABILITIES = (
     _RPC.GET_CAPACITY,
     _RPC.CREATE_DELETE_SNAPSHOT,
     _RPC.LIST_SNAPSHOTS,
+    _RPC.GET_SNAPSHOT,
     _RPC.CLONE_VOLUME,
     _RPC.EXPAND_VOLUME,
     _RPC.SINGLE_NODE_MULTI_WRITER,
@@ -174,12 +174,11 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
     async def ListVolumes(  # noqa: N802
         self, request: csi.ListVolumesRequest, context: Any
     ) -> csi.ListVolumesResponse:
-        """Volumes by name, page by page."""
-        everything = sorted(
-            (v for v in await self._cluster.volumes.objects.list() if v.spec.uuid),
-            key=lambda v: v.name,
+        """All volumes, page by page."""
+        listed = [v for v in await self._cluster.volumes.objects.list() if v.spec.uuid]
+        chosen, token = page(
+            listed, lambda v: v.spec.uuid or "", request.starting_token, request.max_entries
         )
-        page, token = _page(everything, request.starting_token, request.max_entries)
         entry = csi.ListVolumesResponse.Entry
         status = csi.ListVolumesResponse.VolumeStatus
         return csi.ListVolumesResponse(
@@ -190,7 +189,7 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
                         published_node_ids=[a.node_name for a in volume.spec.attachments]
                     ),
                 )
-                for volume in page
+                for volume in chosen
             ],
             next_token=token,
         )
@@ -242,24 +241,28 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
     async def ListSnapshots(  # noqa: N802
         self, request: csi.ListSnapshotsRequest, context: Any
     ) -> csi.ListSnapshotsResponse:
-        """Snapshots by name, page by page, of one id or one volume if asked."""
-        ids = {v.name: v.spec.uuid for v in await self._cluster.volumes.objects.list()}
-        found = []
-        for snapshot in await self._cluster.snapshots.objects.list():
-            volume_id = snapshot.status.volume_uuid or ids.get(snapshot.spec.volume)
-            if volume_id is None or snapshot.status.creation_time is None:
-                continue
-            if request.snapshot_id and snapshot.name != request.snapshot_id:
-                continue
-            if request.source_volume_id and volume_id != request.source_volume_id:
-                continue
-            found.append(_snapshot(snapshot, volume_id))
-        found.sort(key=lambda s: s.snapshot_id)
-        page, token = _page(found, request.starting_token, request.max_entries)
+        """Snapshots page by page, of one id or one volume if asked."""
+        found = [
+            _snapshot(snapshot, volume_id)
+            for snapshot, volume_id in await self._snapshots.all()
+            if request.snapshot_id in ("", snapshot.name)
+            and request.source_volume_id in ("", volume_id)
+        ]
+        chosen, token = page(
+            found, lambda s: s.snapshot_id, request.starting_token, request.max_entries
+        )
         entry = csi.ListSnapshotsResponse.Entry
         return csi.ListSnapshotsResponse(
-            entries=[entry(snapshot=snapshot) for snapshot in page], next_token=token
+            entries=[entry(snapshot=snapshot) for snapshot in chosen], next_token=token
         )
+
+    async def GetSnapshot(  # noqa: N802
+        self, request: csi.GetSnapshotRequest, context: Any
+    ) -> csi.GetSnapshotResponse:
+        """One snapshot."""
+        _need(request.snapshot_id, "snapshot_id")
+        snapshot, volume_id = await self._snapshots.get(request.snapshot_id)
+        return csi.GetSnapshotResponse(snapshot=_snapshot(snapshot, volume_id))
 
     async def ControllerExpandVolume(  # noqa: N802
         self, request: csi.ControllerExpandVolumeRequest, context: Any
@@ -288,19 +291,6 @@ def _need(value: str, field: str) -> None:
 def _known(volume_id: str) -> None:
     if not is_uuid(volume_id):
         raise NotFound(f"volume_id {volume_id!r} is no id of a Tercet volume (a UUID)")
-
-
-def _page(items: Sequence[T], token: str, max_entries: int) -> tuple[Sequence[T], str]:
-    """One page and the token of the next. Raises Aborted for a bad token, InvalidArgument."""
-    if max_entries < 0:
-        raise InvalidArgument(f"max_entries is {max_entries}")
-    start = 0
-    if token:
-        if not token.isdecimal() or int(token) > len(items):
-            raise Aborted(f"starting_token {token!r} is not one of ours: start again without it")
-        start = int(token)
-    end = start + max_entries if max_entries else len(items)
-    return items[start:end], str(end) if end < len(items) else ""
 
 
 def _volume(volume: Volume) -> csi.Volume:

@@ -1,11 +1,15 @@
-"""Snapshots: create, delete, find. Cutting one is left to the primary's agent (S1)."""
+"""Snapshots: create, delete, find, list. Cutting one is left to the primary's agent (S1).
+
+A snapshot that the operator makes for a clone is an internal of that clone: it is neither found
+nor listed here.
+"""
 
 from __future__ import annotations
 
 from tercet_api.clients import Conflict
 from tercet_api.clients import NotFound as NoObject
 from tercet_api.objects import Metadata, Snapshot, SnapshotSpec
-from tercet_csi.controller.cluster import Cluster
+from tercet_csi.controller.cluster import Cluster, internal
 from tercet_csi.errors import Aborted, AlreadyExists, DeadlineExceeded, FailedPrecondition, NotFound
 
 READY_TIMEOUT_S = 50.0
@@ -69,6 +73,23 @@ class Snapshots:
         what = f"snapshot {snapshot.name} is being deleted"
         await self._cluster.snapshots.until(gone, GONE_TIMEOUT_S, what)
 
+    async def all(self) -> list[tuple[Snapshot, str]]:
+        """Every snapshot that has been cut, with its volume's id."""
+        ids = {v.name: v.spec.uuid for v in await self._cluster.volumes.objects.list()}
+        found = []
+        for snapshot in await self._objects.list():
+            volume_id = snapshot.status.volume_uuid or ids.get(snapshot.spec.volume)
+            if volume_id and is_cut(snapshot) and not internal(snapshot):
+                found.append((snapshot, volume_id))
+        return found
+
+    async def get(self, snapshot_id: str) -> tuple[Snapshot, str]:
+        """One that has been cut, with its volume's id. Raises NotFound."""
+        found = await self._cluster.find_snapshot(snapshot_id)
+        if not is_cut(found) or found.status.volume_uuid is None:
+            raise NotFound(f"snapshot {snapshot_id} has not been cut yet")
+        return found, found.status.volume_uuid
+
     async def usable(self, snapshot_id: str) -> Snapshot:
         """A snapshot that a volume can start from. Raises NotFound, FailedPrecondition."""
         snapshot = await self._cluster.find_snapshot(snapshot_id)
@@ -77,3 +98,8 @@ class Snapshots:
         if not snapshot.status.ready_to_use:
             raise DeadlineExceeded(f"snapshot {snapshot_id} is not ready yet: try again")
         return snapshot
+
+
+def is_cut(snapshot: Snapshot) -> bool:
+    """Whether its content is settled; before that it is nobody's to see (CSI, ListSnapshots)."""
+    return snapshot.status.creation_time is not None

@@ -22,7 +22,7 @@ from tercet_api.objects import (
     Volume,
     VolumeSpec,
 )
-from tercet_csi.controller.cluster import Cluster
+from tercet_csi.controller.cluster import Cluster, internal
 from tercet_csi.controller.parameters import Parameters, placement
 from tercet_csi.errors import (
     Aborted,
@@ -137,7 +137,8 @@ class Volumes:
     async def delete(self, volume_id: str) -> None:
         """Delete it and wait until its replicas are gone; nothing when there is none.
 
-        Raises FailedPrecondition while it is attached or has snapshots.
+        Raises FailedPrecondition while it is attached or has snapshots. A snapshot that is being
+        deleted, or of which a clone is being made, goes by itself: the operator waits for that.
         """
         try:
             volume = await self._cluster.find_volume(volume_id)
@@ -148,7 +149,8 @@ class Volumes:
             raise FailedPrecondition(
                 f"volume {volume.name} is attached to {nodes}: detach it first"
             )
-        dependants = await self._cluster.snapshots_of(volume.name)
+        found = await self._cluster.snapshots_of(volume.name)
+        dependants = [s for s in found if not (s.deleting or internal(s))]
         if dependants:
             names = ", ".join(s.name for s in dependants)
             raise FailedPrecondition(
@@ -172,7 +174,8 @@ class Volumes:
     async def publish(self, volume_id: str, node: str, *, read_only: bool) -> dict[str, str]:
         """Let the node's host connect; returns the publish context.
 
-        Raises NotFound (volume or node), FailedPrecondition (written elsewhere; names the node).
+        Raises NotFound (volume or node), AlreadyExists (attached here in another way),
+        FailedPrecondition (written elsewhere; names the node), Exhausted (the node is full).
         """
         for _ in range(EDIT_TRIES_MAX):
             volume = await self._cluster.find_volume(volume_id)
@@ -192,15 +195,33 @@ class Volumes:
                     f"volume {volume.name} is attached to {writers[0]}: one node at a time writes; "
                     "it can be attached here when it is detached there"
                 )
+            if not mine:
+                await self._check_place(volume, node)
             entry = Attachment(node_name=node, host_nqn=host_nqn(node), read_only=read_only)
             if mine or await self._edit_attachments(volume, [*others, entry]):
                 return await self._context(volume, node)
         raise Aborted(f"volume {volume_id} changes too often: try again")
 
+    async def _check_place(self, volume: Volume, node: str) -> None:
+        """Raises Exhausted when the node has as many volumes as it takes.
+
+        Two calls at the same time may both find the last place: the limit is of resources on the
+        node, not of anybody's safety.
+        """
+        most = await self._cluster.volumes_max(node)
+        attached = self._cluster.attached_to(node)
+        if most is not None and len(attached) >= most:
+            raise Exhausted(
+                f"volume {volume.name}: node {node} has {len(attached)} volumes and takes {most}: "
+                "detach one first"
+            )
+
     async def _context(self, volume: Volume, node: str) -> dict[str, str]:
         def reachable() -> Volume | None:
             known = self._cluster.volumes.known.get(volume.name)
-            return known if known is not None and known.status.endpoints else None
+            if known is None or not any(a.node_name == node for a in known.spec.attachments):
+                return None  # the next call counts what is known: it must count this one
+            return known if known.status.endpoints else None
 
         what = f"volume {volume.name} has no endpoints (kubectl describe tvol {volume.name})"
         known = await self._cluster.volumes.until(reachable, READY_TIMEOUT_S, what)
