@@ -11,6 +11,7 @@ import typer
 
 from tercet_e2e import commands, report, tiers
 from tercet_e2e.bench import run as benchmark
+from tercet_e2e.docker import commands as docker
 from tercet_e2e.errors import E2eError
 from tercet_e2e.story import demo as story
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
 commands.register(app)
+app.add_typer(docker.app, name="docker")
 
 
 @app.command(name="test")

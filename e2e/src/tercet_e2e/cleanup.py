@@ -2,13 +2,14 @@
 
 Used at an orderly end, by the reaper when the tool was killed, and by `down` after a crash of both;
 so it trusts nothing but the machine itself: processes are found by the mark in their environment
-(and by the recorded pid, when its start time still agrees, so that a reused pid is left alone),
-mounts by mountinfo, loop devices by their backing file. Standard library only: the reaper imports
+(and by the recorded pid, when its start time still agrees, so that a reused pid is left alone;
+containers of an engine by the cgroup that the folder names), mounts by mountinfo, loop devices by
+their backing file. Standard library only: the reaper imports
 this and nothing else.
 
 Order: kubelets and containers (they use volumes and would mount again), then mounts and loop
 devices while the data path is still there to take the last writes, then every other process, then
-by force what is left.
+by force what is left; at last the commands that the folder names for the end.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ GENTLE_UNMOUNT_S = 5.0
 KILL_ROUNDS_MAX = 100
 KILL_ROUND_S = 0.05
 UNMOUNT_ROUNDS_MAX = 5
+AT_END_TIMEOUT_S = 120.0
 FIRST_ROLES = frozenset({"kubelet", "container"})
+CGROUP = "cgroup"  # file of the folder: the cgroup whose processes belong to it, if any
+AT_END = "at-end.json"  # file of the folder: commands that run when all processes have ended
 
+CGROUPS = Path("/sys/fs/cgroup")
 MNT_FORCE = 1
 MNT_DETACH = 2
 START_TIME_FIELD = 19  # of /proc/<pid>/stat, counted after the command's closing parenthesis
@@ -94,6 +99,27 @@ def recorded_processes(state: StateFolder) -> list[Found]:
     return found
 
 
+def grouped_processes(state: StateFolder) -> list[Found]:
+    """Processes in the cgroup that the folder names, in whatever hierarchy, and below it."""
+    found: set[int] = set()
+    for group in cgroup_folders(state):
+        for listing in group.glob("**/cgroup.procs"):
+            with contextlib.suppress(OSError):  # the group has just gone
+                found |= {int(pid) for pid in listing.read_text().split()}
+    living = (pid for pid in found if pid != 0 and start_time_ticks(pid) is not None)
+    return [Found(pid, "container") for pid in sorted(living)]
+
+
+def cgroup_folders(state: StateFolder) -> list[Path]:
+    """Where the cgroup that the folder names is: one of v2, or one in each hierarchy of v1."""
+    try:
+        name = (state.root / CGROUP).read_text().strip()
+    except FileNotFoundError:
+        return []
+    assert name, f"{state.root / CGROUP} is empty"
+    return [*CGROUPS.glob(name), *CGROUPS.glob(f"*/{name}")]
+
+
 def mounts_below(root: Path) -> list[Mount]:
     """Mounts at or below the folder, the latest first."""
     found = []
@@ -132,12 +158,13 @@ def clean(state: StateFolder, *, spare: Iterable[int] = ()) -> None:
     _unmount_by_force(state.root)
     for record in state.processes.glob("*.json"):
         record.unlink(missing_ok=True)
+    _run_at_end(state)
     _verify(state, cluster, spared)
 
 
 def _living(state: StateFolder, cluster: ClusterId) -> dict[int, Found]:
-    both = recorded_processes(state) + marked_processes(cluster)
-    return {found.pid: found for found in both if found.pid != os.getpid()}
+    every = recorded_processes(state) + marked_processes(cluster) + grouped_processes(state)
+    return {found.pid: found for found in every if found.pid != os.getpid()}
 
 
 def _kill(
@@ -202,6 +229,20 @@ def _unmount_by_force(root: Path) -> None:
         for loop in loops:
             _run_quietly(["losetup", "--detach", str(loop)])
         time.sleep(KILL_ROUND_S)
+
+
+def _run_at_end(state: StateFolder) -> None:
+    for group in cgroup_folders(state):
+        for folder, _, _ in os.walk(group, topdown=False):
+            with contextlib.suppress(OSError):  # an empty group that stays does no harm
+                Path(folder).rmdir()
+    with contextlib.suppress(FileNotFoundError):
+        for command in json.loads((state.root / AT_END).read_text()):
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=AT_END_TIMEOUT_S, check=False
+            )
+            if done.returncode != 0:
+                raise CleanupError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-1000:]}")
 
 
 def _verify(state: StateFolder, cluster: ClusterId, spared: frozenset[int]) -> None:

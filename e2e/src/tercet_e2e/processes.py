@@ -127,6 +127,21 @@ class Processes:
         self._running[name].send_signal(number)
         return pid
 
+    async def end(self, name: ProcessName, timeout_s: float) -> None:
+        """Ends a program with SIGTERM and leaves it ended; one that does not end is killed."""
+        keeper = self._keepers.pop(name)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        process = self._running[name]
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), timeout_s)
+            except TimeoutError:
+                log.warning("process does not end", process=name, timeout_s=timeout_s)
+                process.kill()
+                await process.wait()
+
     async def _spawn(self, program: Program) -> asyncio.subprocess.Process:
         environment = {**os.environ, **program.env, MARKER: self._cluster, ROLE: program.role}
         with self._open_log(program.name) as output:

@@ -78,7 +78,11 @@ def tiers() -> tuple[Tier, ...]:
                 cargo("clippy", "-q", "--workspace", "--all-targets", "--", "-D", "warnings"),
             ),
         ),
-        Tier("python", "unit and property tests", (pytest("-m", "not local and not cluster"),)),
+        Tier(
+            "python",
+            "unit and property tests",
+            (pytest("-m", "not local and not cluster and not kind"),),
+        ),
         Tier(
             "rust",
             "unit, property, crash enumeration, protocols over real sockets",
