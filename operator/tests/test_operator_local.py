@@ -32,6 +32,7 @@ from tercet_api.names import NAMESPACE, OPERATOR_LEASE, SIGNER, is_uuid
 from tercet_api.objects import (
     ConditionStatus,
     Metadata,
+    NodePhase,
     Orphan,
     Snapshot,
     SnapshotSpec,
@@ -228,6 +229,11 @@ async def remove(api: Api, name: str) -> None:
         return None
 
     await until(gone, f"volume {name} is gone")
+
+
+async def node_phase(api: Api, name: str, wanted: NodePhase) -> bool | None:
+    """True once a StorageNode has this phase, for `until`."""
+    return True if (await storage_nodes(api).get(name)).status.phase is wanted else None
 
 
 async def told(api: Api, name: str, *reasons: str) -> None:
@@ -540,16 +546,12 @@ async def test_a_node_that_falls_silent(leader: Process, api: Api, nodes: list[A
     """Its Lease expires: not Ready within seconds; it comes back by renewing."""
     nodes[2].renews = False
     silent_s = time.monotonic()
-
-    async def phase(wanted: str) -> bool | None:
-        return True if (await storage_nodes(api).get("n3")).status.phase == wanted else None
-
-    await until(lambda: phase("NotReady"), "n3 is NotReady")
+    await until(lambda: node_phase(api, "n3", NodePhase.NOT_READY), "n3 is NotReady")
     took_s = time.monotonic() - silent_s
     assert 8.0 < took_s < 20.0, f"shown after {took_s:.1f} s"
     await told(api, "n3", "LeaseExpired")
     nodes[2].renews = True
-    await until(lambda: phase("Ready"), "n3 is Ready again")
+    await until(lambda: node_phase(api, "n3", NodePhase.READY), "n3 is Ready again")
 
 
 async def test_a_node_with_replicas_is_kept(leader: Process, api: Api) -> None:
@@ -558,8 +560,11 @@ async def test_a_node_with_replicas_is_kept(leader: Process, api: Api) -> None:
     await extra.register()
     running = asyncio.create_task(extra.run())
     try:
+        # A preference is not waited for: before n9 is Ready the volume would go to another node.
+        await until(lambda: node_phase(api, "n9", NodePhase.READY), "n9 is Ready")
         await make(api, "on-n9", replicas=1, placement={"preferredNode": "n9"})
-        await ready(api, "on-n9")
+        placed = await ready(api, "on-n9")
+        assert [entry.node for entry in placed.status.replicas] == ["n9"]
         node = await storage_nodes(api).get("n9")
         await storage_nodes(api).delete("n9", uid=node.uid)
 

@@ -169,7 +169,9 @@ impl Replica {
         }
     }
 
-    /// Another member misses the primary of that epoch.
+    /// Another member misses the primary of that epoch. The configured primary's own engine asks only
+    /// when it does not serve (it handed over, and nobody followed): it need not be silent as well, or
+    /// the volume stays without a primary for as long as that engine answers.
     pub fn on_consult(&mut self, peer: PeerId, envelope: &Envelope, cx: &mut Cx<'_>) {
         if envelope.epoch < self.known_epoch() {
             if envelope.epoch < self.promised_epoch() {
@@ -177,7 +179,10 @@ impl Replica {
             }
             return;
         }
-        let misses = envelope.epoch == self.known_epoch() && self.misses_primary(cx);
+        let current = envelope.epoch == self.known_epoch();
+        let asked_by_primary =
+            self.known.as_ref().is_some_and(|k| k.config.primary.instance == envelope.instance);
+        let misses = current && (asked_by_primary || self.misses_primary(cx));
         let tail = self.report(cx);
         let opinion = ReplicaMessage::Opinion { misses, tail };
         cx.answer(peer, envelope.from, self.sender(envelope.epoch), opinion);

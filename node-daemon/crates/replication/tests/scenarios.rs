@@ -130,6 +130,28 @@ fn h2_h4_nobody_but_the_serving_primary_keeps_a_command() {
     assert_eq!(cluster.read(1, there, 1), 0, "the ANA log of this promotion was read there");
 }
 
+/// Seed 500201: the words of a hand-over were lost. The others saw the old primary's engine answer, so
+/// they never missed it, and it consulted them for ever.
+#[test]
+fn t2_t8_a_hand_over_that_nobody_heard_of_leaves_a_primary() {
+    let mut cluster = Cluster::serving(24);
+    let id = cluster.connect(0, host(1));
+    cluster.write(0, id, 1, 11); // from here on the others know that this primary serves
+    cluster.filter = Box::new(|_, _, message| {
+        !matches!(message, Message::Replica(_, ReplicaMessage::Stand | ReplicaMessage::GiveBack))
+    });
+    let hand_over = Control::HandOver(VOLUME, Some(cluster.machines[1].name.clone()));
+    cluster.control(0, hand_over);
+    let asked = cluster.now;
+    while cluster.serving_nodes() == [0] {
+        cluster.run_ms(1);
+    }
+    cluster.run_until_served();
+    let stall_ms = (cluster.now - asked) / harness::MS;
+    assert!(stall_ms <= 5000, "{stall_ms} ms");
+    assert!(cluster.object.config.as_ref().is_some_and(|config| config.epoch > Epoch(1)));
+}
+
 #[test]
 fn h3_a_host_that_comes_again_waits_for_what_it_sent_before() {
     let mut cluster = Cluster::serving(8);
