@@ -23,6 +23,9 @@ const LOCKED_PAUSE: Duration = Duration::from_millis(10);
 const FAILED_PAUSE_FIRST: Duration = Duration::from_millis(100);
 const FAILED_PAUSE_LAST: Duration = Duration::from_secs(5);
 
+/// What is said of a device that is neither open nor failed; the agent knows the word.
+pub const OPENING: &str = "opening";
+
 /// What is known of a device. An empty message: it is open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceState {
@@ -51,7 +54,7 @@ impl Opener {
             if begun.insert(device.id.clone()) {
                 let (directory, plan) = (Arc::clone(&self.directory), Arc::clone(plan));
                 directory.update_devices(|devices| {
-                    let message = "not open yet".to_owned();
+                    let message = OPENING.to_owned();
                     devices.push(DeviceState { id: device.id.clone(), message });
                 });
                 let name = format!("open-{}", device.id);

@@ -54,13 +54,19 @@ pub struct OpenDevice {
 #[derive(Debug, Error)]
 pub enum DeviceError {
     /// Somebody else has it, or operations of a dead engine are still in flight (rule R3).
-    #[error("device {path} is locked by another process, or its last writes are still in flight")]
+    #[error(
+        "device {path} is locked by another process, or its last writes are still in flight: it \
+         is tried until it is free; `fuser -v {path}` shows who has it open"
+    )]
     Locked {
         /// The device.
         path: PathBuf,
     },
     /// It is smaller than what was asked for, and shrinking or growing it is not ours to do.
-    #[error("device {path} has {actual_bytes} bytes, {wanted_bytes} are configured")]
+    #[error(
+        "device {path} has {actual_bytes} bytes, {wanted_bytes} are configured: enlarge it, or put \
+         the right one there; it is tried again"
+    )]
     Size {
         /// The device.
         path: PathBuf,

@@ -135,8 +135,8 @@ pub enum OpenError {
     Formatted(NodeName),
     /// No superblock can be read.
     #[error(
-        "no valid superblock ({0}): format the device, or if it held a store, replace it and let \
-         its replicas be rebuilt"
+        "no valid superblock ({0}): put the right device there, or wipe its first MiB to have it \
+         formatted; what it held is lost then"
     )]
     Superblock(String),
     /// It is another store.

@@ -6,6 +6,7 @@ use tercet_replication::api::MemberStatus;
 use super::convert::config_to_pb;
 use super::directory::Directory;
 use crate::core::{ReactorStatus, ReplicaReport};
+use crate::opener::OPENING;
 use crate::outbox::Request;
 use crate::pb::engine as pb;
 
@@ -60,7 +61,7 @@ fn devices(directory: &Directory, reactors: &[ReactorStatus]) -> Vec<pb::DeviceS
         devices.push(pb::DeviceStatus {
             id: device.id,
             state: if ready { "Ready" } else { "Failed" }.to_owned(),
-            message: if ready || !message.is_empty() { message } else { "opening".to_owned() },
+            message: if ready || !message.is_empty() { message } else { OPENING.to_owned() },
             capacity_bytes: shards.iter().map(|shard| shard.usage.capacity_bytes).sum(),
             allocated_bytes: shards.iter().map(|shard| shard.usage.allocated_bytes).sum(),
             reserved_bytes: 0,
@@ -102,6 +103,7 @@ fn member(member: &MemberStatus) -> pb::MemberStatus {
         replica: member.replica.to_string(),
         in_sync: member.in_sync,
         lag_bytes: member.lag_bytes,
+        incomplete: member.incomplete,
     }
 }
 

@@ -89,7 +89,10 @@ impl Core {
                 slot.disk = Some(disk);
                 match self.open_store(disk, &identity) {
                     Ok(inner) => slot.inner = Some(inner),
-                    Err(why) => slot.failed = Some(why),
+                    Err(why) => {
+                        slot.failed =
+                            Some(format!("{why}; looked at again when the engine starts"));
+                    }
                 }
             }
             Err(error) => slot.failed = Some(error.to_string()),
@@ -296,6 +299,9 @@ impl Core {
                 format!("the object is older than epoch {epoch}, which {node} has promised"),
                 true,
             ),
+            ShardNotice::Filled => {
+                ("Filled", format!("the replica on {node} has its snapshot's blocks"), false)
+            }
         };
         info!(%volume, reason, "{message}");
         self.outbox.notice(Notice { volume: Some(volume), reason, message, warning });
