@@ -3,14 +3,24 @@
 A story for each thing that an impatient kubelet does: repeats, crashes in between, wrong order.
 """
 
+import asyncio
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+import tercet_csi.node.service as node_service
 from tercet_api.names import host_id, host_nqn, volume_nqn
-from tercet_csi.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
+from tercet_csi.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from tercet_csi.node.attach import Target
 from tercet_csi.node.commands import run
 from tercet_csi.node.filesystem import FileSystems, mounted_at, mounts
@@ -21,6 +31,8 @@ from tercet_csi.v1 import csi_pb2 as csi
 VOLUME = "0b0c0d0e-0000-4000-8000-000000000001"
 MIB = 1024**2
 CAP_SYS_RESOURCE = 24
+MODE = csi.VolumeCapability.AccessMode
+WRITER, ONE_POD = MODE.SINGLE_NODE_WRITER, MODE.SINGLE_NODE_SINGLE_WRITER
 
 
 def has_capability(number: int) -> bool:
@@ -74,24 +86,26 @@ class Node:
         self.service = NodeService(options, self.attacher, FileSystems(run), records)
         return self.service
 
-    async def stage(self, *, block: bool = False, volume: str = VOLUME) -> None:
+    async def stage(self, *, block: bool = False, volume: str = VOLUME, mode: int = WRITER) -> None:
         await self.service.NodeStageVolume(
             csi.NodeStageVolumeRequest(
                 volume_id=volume,
                 staging_target_path=str(self.staging),
-                volume_capability=capability(block=block),
+                volume_capability=capability(block=block, mode=mode),
                 publish_context=publish_context(VOLUME),
             ),
             None,
         )
 
-    async def publish(self, *, block: bool = False, read_only: bool = False) -> None:
+    async def publish(
+        self, *, block: bool = False, read_only: bool = False, mode: int = WRITER
+    ) -> None:
         await self.service.NodePublishVolume(
             csi.NodePublishVolumeRequest(
                 volume_id=VOLUME,
                 staging_target_path=str(self.staging),
                 target_path=str(self.target),
-                volume_capability=capability(block=block),
+                volume_capability=capability(block=block, mode=mode),
                 readonly=read_only,
             ),
             None,
@@ -109,12 +123,14 @@ class Node:
         )
 
 
-def capability(*, block: bool, file_system: str = "ext4") -> csi.VolumeCapability:
-    mode = csi.VolumeCapability.AccessMode(mode=csi.VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
+def capability(
+    *, block: bool, file_system: str = "ext4", mode: int = WRITER
+) -> csi.VolumeCapability:
+    access = MODE(mode=mode)
     if block:
-        return csi.VolumeCapability(block=csi.VolumeCapability.BlockVolume(), access_mode=mode)
+        return csi.VolumeCapability(block=csi.VolumeCapability.BlockVolume(), access_mode=access)
     mount = csi.VolumeCapability.MountVolume(fs_type=file_system)
-    return csi.VolumeCapability(mount=mount, access_mode=mode)
+    return csi.VolumeCapability(mount=mount, access_mode=access)
 
 
 def publish_context(volume: str) -> dict[str, str]:
@@ -223,13 +239,124 @@ async def test_online_growth_reaches_the_file_system(node: Node):
     assert stats.f_blocks * stats.f_frsize > 100 * MIB
 
 
-async def test_growth_that_has_not_arrived_is_said_and_not_claimed(node: Node):
+async def test_growth_that_has_not_arrived_is_said_and_not_claimed(node: Node, monkeypatch):
+    monkeypatch.setattr(node_service, "GROWN_TIMEOUT_S", 0.1)
     await node.stage()
     await node.publish()
     request = csi.NodeExpandVolumeRequest(volume_id=VOLUME, volume_path=str(node.target))
     request.capacity_range.required_bytes = 256 * MIB
-    with pytest.raises(FailedPrecondition, match="has not grown yet"):
+    with pytest.raises(Unavailable, match="has not grown yet"):
         await node.service.NodeExpandVolume(request, None)
+
+
+async def test_growth_that_is_on_its_way_is_waited_for(node: Node):
+    await node.stage(block=True)
+    await node.publish(block=True)
+    request = csi.NodeExpandVolumeRequest(volume_id=VOLUME, volume_path=str(node.target))
+    request.capacity_range.required_bytes = 128 * MIB
+    expanding = asyncio.create_task(node.service.NodeExpandVolume(request, None))
+    await asyncio.sleep(0)
+    os.truncate(node.file, 128 * MIB)
+    await run("losetup", "--set-capacity", node.attacher.devices[volume_nqn(VOLUME)])
+    assert (await expanding).capacity_bytes == 128 * MIB
+
+
+async def test_growth_reaches_a_volume_that_is_only_staged(node: Node):
+    await node.stage()
+    request = csi.NodeExpandVolumeRequest(volume_id=VOLUME, volume_path=str(node.staging))
+    request.capacity_range.required_bytes = 64 * MIB
+    assert (await node.service.NodeExpandVolume(request, None)).capacity_bytes == 64 * MIB
+    for wrong in (str(node.folder), "some/path", "/nowhere", "/"):
+        request.volume_path = wrong
+        with pytest.raises(NotFound):
+            await node.service.NodeExpandVolume(request, None)
+
+
+@pytest.mark.parametrize("block", [False, True])
+async def test_a_volume_for_one_pod_is_published_once(node: Node, block: bool):
+    first, second = node.target, node.folder / "pods" / "second"
+    await node.stage(block=block, mode=ONE_POD)
+    await node.publish(block=block, mode=ONE_POD)
+    await node.publish(block=block, mode=ONE_POD)
+    node.restarted()
+    node.target = second
+    with pytest.raises(FailedPrecondition, match=f"published at {first}"):
+        await node.publish(block=block, mode=ONE_POD)
+    assert not second.exists()
+    node.target = first
+    await node.unpublish()
+    node.target = second
+    await node.publish(block=block, mode=ONE_POD)
+    await node.unpublish()
+
+
+async def test_several_pods_of_a_node_may_write_unless_it_is_for_one(node: Node):
+    first, second = node.target, node.folder / "pods" / "second"
+    await node.stage(mode=MODE.SINGLE_NODE_MULTI_WRITER)
+    await node.publish(mode=MODE.SINGLE_NODE_MULTI_WRITER)
+    node.target = second
+    await node.publish(mode=MODE.SINGLE_NODE_MULTI_WRITER)
+    (second / "file").write_text("shared")
+    assert (first / "file").read_text() == "shared"
+    await node.unpublish()
+    node.target = first
+
+
+async def test_what_is_staged_in_another_way_is_not_taken_for_it(node: Node):
+    await node.stage()
+    with pytest.raises(AlreadyExists, match="as a file system"):
+        await node.stage(block=True)
+    await node.publish()
+    with pytest.raises(AlreadyExists, match="read-only"):
+        await node.publish(read_only=True)
+    staging, node.staging = node.staging, node.folder / "elsewhere"
+    with pytest.raises(FailedPrecondition, match="unstage it there first"):
+        await node.stage()
+    await node.unstage()  # it is not staged there: nothing to undo
+    assert mounted_at(str(staging / "mount")) is not None
+    node.staging = staging
+
+
+async def test_unstaging_leaves_another_volumes_mount_alone(node: Node):
+    await node.stage()
+    other = csi.NodeUnstageVolumeRequest(
+        volume_id=VOLUME.replace("1", "2"), staging_target_path=str(node.staging)
+    )
+    await node.service.NodeUnstageVolume(other, None)
+    assert mounted_at(str(node.staging / "mount")) is not None
+
+
+async def test_a_lost_record_does_not_leave_the_mount_behind(node: Node):
+    await node.stage()
+    (node.folder / "staged" / f"{VOLUME}.json").unlink()
+    await node.unstage()
+    assert mounted_at(str(node.staging / "mount")) is None
+    assert node.attacher.devices == {}
+
+
+async def test_a_record_of_an_older_version_is_read(node: Node):
+    await node.stage()
+    path = node.folder / "staged" / f"{VOLUME}.json"
+    old = json.loads(path.read_text())
+    del old["targets"]
+    path.write_text(json.dumps(old))
+    await node.publish(mode=ONE_POD)
+
+
+async def test_what_is_missing_is_said_before_what_is_wrong(node: Node):
+    requests = [
+        (node.service.NodeStageVolume, csi.NodeStageVolumeRequest(volume_id="wrong")),
+        (node.service.NodeUnstageVolume, csi.NodeUnstageVolumeRequest(volume_id="wrong")),
+        (node.service.NodePublishVolume, csi.NodePublishVolumeRequest(volume_id="wrong")),
+        (node.service.NodeUnpublishVolume, csi.NodeUnpublishVolumeRequest(volume_id="wrong")),
+        (node.service.NodeGetVolumeStats, csi.NodeGetVolumeStatsRequest(volume_id="wrong")),
+        (node.service.NodeExpandVolume, csi.NodeExpandVolumeRequest(volume_id="wrong")),
+    ]
+    for call, request in requests:
+        with pytest.raises(InvalidArgument, match="path is missing"):
+            await call(request, None)
+        with pytest.raises(InvalidArgument, match="volume_id is missing"):
+            await call(type(request)(), None)
 
 
 async def test_publishing_before_staging_is_refused(node: Node):
@@ -251,7 +378,9 @@ async def test_a_second_call_on_the_same_volume_is_aborted(node: Node):
 
 
 async def test_stats_of_what_is_not_there_are_not_found(node: Node):
-    for path in ("/nowhere", str(node.folder)):
+    await node.stage()
+    await node.publish()
+    for path in ("/nowhere", str(node.folder), "some/path", "/"):
         with pytest.raises(NotFound):
             await node.service.NodeGetVolumeStats(
                 csi.NodeGetVolumeStatsRequest(volume_id=VOLUME, volume_path=path), None

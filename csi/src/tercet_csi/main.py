@@ -67,6 +67,9 @@ def node(
         str | None, typer.Option(help="tercet-attach's socket: unix://PATH.")
     ] = None,
     topology: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, again and again.")] = None,
+    volumes_max: Annotated[
+        int, typer.Option(min=1, help="How many volumes this node takes at a time.")
+    ] = 128,
     http: Http = None,
     log_format: LogFormat = "text",
 ) -> None:
@@ -77,7 +80,7 @@ def node(
     if wrong:
         raise typer.BadParameter(f"--topology {wrong[0]!r} is not KEY=VALUE")
     segments = {key: value for key, _, value in pairs}
-    asyncio.run(_node(endpoint, node, state_dir, attacher, segments, http))
+    asyncio.run(_node(endpoint, node, state_dir, attacher, segments, volumes_max, http))
 
 
 async def _node(
@@ -86,6 +89,7 @@ async def _node(
     state_dir: Path,
     attacher_endpoint: str | None,
     topology: dict[str, str],
+    volumes_max: int,
     http: str | None,
 ) -> None:
     from tercet_csi.node.attach import choose
@@ -96,7 +100,10 @@ async def _node(
 
     attacher = choose(attacher_endpoint)
     service = NodeService(
-        NodeOptions(name, topology), attacher, FileSystems(run), Records(state_dir / "staged")
+        NodeOptions(name, topology, volumes_max),
+        attacher,
+        FileSystems(run),
+        Records(state_dir / "staged"),
     )
 
     def register(server: grpc.aio.Server) -> None:

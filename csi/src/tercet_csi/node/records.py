@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tercet_api.names import is_uuid
@@ -24,6 +24,16 @@ class Staged:
     staging_path: str
     block: bool
     read_only: bool
+    targets: tuple[str, ...] = ()
+    """Where it is or was about to be published; whether it still is, the kernel says."""
+
+    def with_target(self, target: str) -> Staged:
+        """The same with this target among the others."""
+        return replace(self, targets=(*(t for t in self.targets if t != target), target))
+
+    def without_target(self, target: str) -> Staged:
+        """The same without it."""
+        return replace(self, targets=tuple(t for t in self.targets if t != target))
 
 
 class Records:
@@ -43,7 +53,8 @@ class Records:
         path = self._path(volume)
         if not path.exists():
             return None
-        return Staged(**json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        return Staged(**found | {"targets": tuple(found.get("targets", ()))})
 
     def put(self, record: Staged) -> None:
         """Write durably: to a temporary file, then renamed."""
