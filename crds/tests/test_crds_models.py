@@ -10,7 +10,16 @@ import pytest
 from pydantic import ValidationError
 
 from tercet_api import cel, rbac
-from tercet_api.generate import MANIFESTS, differences, files, main
+from tercet_api.generate import (
+    CHART,
+    MANIFESTS,
+    chart_files,
+    chart_generated,
+    differences,
+    files,
+    main,
+    write,
+)
 from tercet_api.manifests import KINDS, Schema, object_schema
 from tercet_api.names import host_id, host_nqn, is_uuid, volume_nqn
 from tercet_api.objects import Attachment, Metadata, Volume, VolumePhase, VolumeSpec
@@ -103,6 +112,27 @@ def test_committed_manifests_are_up_to_date(tmp_path: Path) -> None:
     assert main(["--check", str(tmp_path)]) == 1
     assert main([str(tmp_path)]) == 0
     assert differences(tmp_path, files()) == []
+
+
+def test_the_charts_copies_are_up_to_date(tmp_path: Path) -> None:
+    """Kinds and roles of the chart are those of the models; what is left over is seen."""
+    wanted = chart_files()
+    assert differences(CHART, wanted, chart_generated(CHART)) == []
+    write(tmp_path, wanted, ())
+    (tmp_path / "files/crds/tercet.io_volumes.yaml").write_text("other")
+    (tmp_path / "files/crds/stray.yaml").write_text("")
+    (tmp_path / "templates/rbac.yaml").unlink()
+    assert len(differences(tmp_path, wanted, chart_generated(tmp_path))) == 3
+    write(tmp_path, wanted, chart_generated(tmp_path))
+    assert differences(tmp_path, wanted, chart_generated(tmp_path)) == []
+
+
+def test_a_chart_may_be_installed_into_any_namespace() -> None:
+    """No role of the chart names a namespace of its own but the one of the cluster's id."""
+    text = chart_files()["templates/rbac.yaml"]
+    namespaces = {line.strip() for line in text.splitlines() if "namespace:" in line}
+    assert namespaces == {"namespace: {{ $.Release.Namespace }}"}
+    assert "tercet-system" not in text
 
 
 def test_rules_say_what_is_wrong() -> None:

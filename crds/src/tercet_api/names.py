@@ -6,6 +6,7 @@ spells them by hand. Ports are defaults of `tercet_api.objects.Ports`.
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 
@@ -17,8 +18,8 @@ STORAGENODES = "storagenodes"
 VOLUMES = "volumes"
 SNAPSHOTS = "snapshots"
 
-NAMESPACE = "tercet-system"
-"""Where Leases, Secrets and the pieces themselves live."""
+NAMESPACE = os.environ.get("TERCET_NAMESPACE") or "tercet-system"
+"""Where Leases, Secrets and the pieces themselves live: the chart tells each pod its own."""
 FINALIZER = f"{GROUP}/protection"
 CSI_DRIVER = "csi.tercet.io"
 TOPOLOGY_NODE = f"topology.{CSI_DRIVER}/node"

@@ -1,11 +1,14 @@
 """What each of Tercet's service accounts may do: the least that its work needs.
 
-Data, from which `make generate` writes `manifests/rbac/tercet.yaml`; a local cluster and the chart
-use the same file. A role `tercet:NAME` is bound to the service account NAME.
+Data, from which `make generate` writes `manifests/rbac/tercet.yaml` for a local cluster and the
+chart's `templates/rbac.yaml`. A role `tercet:NAME` is bound to the service account NAME; the roles
+of the CSI sidecars to the account of the pod that they run in.
 
-The API server cannot tell one StorageNode's agent from another here: agents may write the status of
-every object. That is no more than an agent can do to its own volumes anyway, and what a volume's
-configuration may become is settled by its CEL rules and by compare-and-swap, for everybody.
+Roles cannot tell one StorageNode's agent from another: agents may write the status of every object.
+That is no more than an agent can do to its own volumes anyway, and what a volume's configuration
+may become is settled by its CEL rules and by compare-and-swap, for everybody. StorageNodes decide
+who is certified and which device is taken, so there an admission policy tells agents apart by the
+node that their token is bound to.
 """
 
 from __future__ import annotations
@@ -82,6 +85,9 @@ CLUSTER_RULES: dict[str, list[Manifest]] = {
     NODE: [
         _rule(GROUP, _ALL, _READ),
         _rule(GROUP, _ALL_STATUS, ("get", *_WRITE)),
+        # Its own StorageNode (OWN_NODE_POLICY), with the labels of its node.
+        _rule(GROUP, (STORAGENODES,), ("create", "patch")),
+        _rule("", ("nodes",), ("get",)),
         # The cluster's id, by which engines tell each other's cluster.
         _rule("", ("namespaces",), ("get",), ("kube-system",)),
         _rule(_EVENTS, ("events",), ("create", "patch")),
@@ -119,20 +125,150 @@ ADMIN = {
 """For people: everything of Tercet's, and a client certificate for the agents."""
 
 
-def manifests() -> list[Manifest]:
+_SNAPSHOT_GROUP = "snapshot.storage.k8s.io"
+_STORAGE_GROUP = "storage.k8s.io"
+_CLAIMS = "persistentvolumeclaims"
+_CONTENTS = "volumesnapshotcontents"
+
+SIDECAR_RULES: dict[str, list[Manifest]] = {
+    "csi-provisioner": [
+        _rule("", ("persistentvolumes",), (*_READ, "create", "patch", "delete")),
+        _rule("", (_CLAIMS,), (*_READ, "update")),
+        _rule("", ("nodes",), _READ),
+        _rule("", ("events",), (*_READ, "create", *_WRITE)),
+        _rule(
+            _STORAGE_GROUP,
+            ("storageclasses", "csinodes", "volumeattachments", "volumeattributesclasses"),
+            _READ,
+        ),
+        _rule(_SNAPSHOT_GROUP, ("volumesnapshots", _CONTENTS), _READ),
+    ],
+    "csi-attacher": [
+        _rule("", ("persistentvolumes",), (*_READ, "patch")),
+        _rule(_STORAGE_GROUP, ("csinodes",), _READ),
+        _rule(_STORAGE_GROUP, ("volumeattachments",), (*_READ, "patch")),
+        _rule(_STORAGE_GROUP, ("volumeattachments/status",), ("patch",)),
+    ],
+    "csi-resizer": [
+        _rule("", ("persistentvolumes",), (*_READ, "patch")),
+        _rule("", (_CLAIMS,), _READ),
+        _rule("", (f"{_CLAIMS}/status",), ("patch",)),
+        _rule("", ("pods",), _READ),
+        _rule("", ("events",), ("list", "watch", "create", *_WRITE)),
+        _rule(_STORAGE_GROUP, ("volumeattributesclasses",), _READ),
+    ],
+    "csi-snapshotter": [
+        _rule("", ("events",), ("list", "watch", "create", *_WRITE)),
+        _rule(_SNAPSHOT_GROUP, ("volumesnapshotclasses",), _READ),
+        _rule(_SNAPSHOT_GROUP, (_CONTENTS,), (*_READ, *_WRITE)),
+        _rule(_SNAPSHOT_GROUP, (f"{_CONTENTS}/status",), _WRITE),
+    ],
+}
+"""What the CSI sidecars may do, by program: bound to CSI_CONTROLLER, in whose pod they run."""
+
+SNAPSHOT_CONTROLLER_RULES: list[Manifest] = [
+    _rule("", ("persistentvolumes",), _READ),
+    _rule("", (_CLAIMS,), (*_READ, "update")),
+    _rule("", ("events",), ("list", "watch", "create", *_WRITE)),
+    _rule(_STORAGE_GROUP, ("storageclasses",), _READ),
+    _rule(_SNAPSHOT_GROUP, ("volumesnapshotclasses",), _READ),
+    _rule(_SNAPSHOT_GROUP, (_CONTENTS,), (*_READ, "create", "delete", *_WRITE)),
+    _rule(_SNAPSHOT_GROUP, (f"{_CONTENTS}/status",), ("patch",)),
+    _rule(_SNAPSHOT_GROUP, ("volumesnapshots",), (*_READ, "create", "delete", *_WRITE)),
+    _rule(_SNAPSHOT_GROUP, ("volumesnapshots/status",), _WRITE),
+]
+SNAPSHOT_CONTROLLER = "tercet-snapshot-controller"
+
+_ADMISSION = "admissionregistration.k8s.io/v1"
+_TOKENS_NODE = "authentication.kubernetes.io/node-name"
+_POLICY = "tercet-own-storagenode"
+
+
+def own_node_policy(namespace: str) -> list[Manifest]:
+    """An agent writes the StorageNode of its own node only, spec and status.
+
+    Which node a token is bound to is the API server's word, in a pod's token as in one that was
+    asked for a Node.
+    """
+    account = f"system:serviceaccount:{namespace}:{NODE}"
+    key = f"'{_TOKENS_NODE}'"
+    policy = _object(_ADMISSION, "ValidatingAdmissionPolicy", _POLICY, "") | {
+        "spec": {
+            "failurePolicy": "Fail",
+            "matchConstraints": {
+                "resourceRules": [
+                    {
+                        "apiGroups": [GROUP],
+                        "apiVersions": ["*"],
+                        "operations": ["CREATE", "UPDATE"],
+                        "resources": [STORAGENODES, f"{STORAGENODES}/status"],
+                    }
+                ]
+            },
+            "matchConditions": [
+                {"name": "an-agent", "expression": f"request.userInfo.username == '{account}'"}
+            ],
+            "validations": [
+                {
+                    "expression": (
+                        f"{key} in request.userInfo.extra && "
+                        f"request.userInfo.extra[{key}].all(n, n == object.spec.nodeName)"
+                    ),
+                    "message": "an agent writes the StorageNode of its own node only",
+                    "reason": "Forbidden",
+                }
+            ],
+        }
+    }
+    binding = _object(_ADMISSION, "ValidatingAdmissionPolicyBinding", _POLICY, "") | {
+        "spec": {"policyName": _POLICY, "validationActions": ["Deny"]}
+    }
+    return [policy, binding]
+
+
+def manifests(namespace: str = NAMESPACE) -> list[Manifest]:
     """Service accounts, roles and bindings, in the order in which they can be applied."""
     made: list[Manifest] = []
     for account in (OPERATOR, CSI_CONTROLLER, CSI_NODE, NODE):
-        made.append(_object("v1", "ServiceAccount", account, NAMESPACE))
-        for kind, rules, namespace in (
-            ("ClusterRole", CLUSTER_RULES[account], ""),
-            ("Role", NAMESPACE_RULES[account], NAMESPACE),
-        ):
+        made.append(_object("v1", "ServiceAccount", account, namespace))
+        for rules, where in ((CLUSTER_RULES[account], ""), (NAMESPACE_RULES[account], namespace)):
             if rules:
-                name = f"tercet:{account}"
-                made.append(_object(f"{RBAC}/v1", kind, name, namespace) | {"rules": rules})
-                made.append(_binding(kind, name, namespace, account))
-    return [*made, ADMIN]
+                made += _bound(f"tercet:{account}", rules, where, account, namespace)
+    return [*made, ADMIN, *own_node_policy(namespace)]
+
+
+def sidecar_manifests(namespace: str) -> list[Manifest]:
+    """The sidecars' roles, bound to the csi controller's account; they elect their leaders."""
+    return [
+        *(
+            made
+            for name, rules in SIDECAR_RULES.items()
+            for made in _bound(f"tercet:{name}", rules, "", CSI_CONTROLLER, namespace)
+        ),
+        *_bound("tercet:csi-sidecars", [_ELECTION], namespace, CSI_CONTROLLER, namespace),
+    ]
+
+
+def snapshot_controller_manifests(namespace: str) -> list[Manifest]:
+    """For clusters whose distribution brings no snapshot controller."""
+    role, account = f"tercet:{SNAPSHOT_CONTROLLER}", SNAPSHOT_CONTROLLER
+    return [
+        _object("v1", "ServiceAccount", account, namespace),
+        *_bound(role, SNAPSHOT_CONTROLLER_RULES, "", account, namespace),
+        *_bound(role, [_ELECTION], namespace, account, namespace),
+    ]
+
+
+_ELECTION = _rule("coordination.k8s.io", ("leases",), (*_READ, "create", "delete", *_WRITE))
+
+
+def _bound(
+    name: str, rules: list[Manifest], where: str, account: str, namespace: str
+) -> list[Manifest]:
+    """A role, and its binding to an account; where: its namespace, "" for the whole cluster."""
+    kind = "Role" if where else "ClusterRole"
+    role = _object(f"{RBAC}/v1", kind, name, where) | {"rules": rules}
+    return [role, _binding(kind, name, where, account, namespace)]
 
 
 def _object(version: str, kind: str, name: str, namespace: str) -> Manifest:
@@ -140,8 +276,8 @@ def _object(version: str, kind: str, name: str, namespace: str) -> Manifest:
     return {"apiVersion": version, "kind": kind, "metadata": metadata}
 
 
-def _binding(kind: str, name: str, namespace: str, account: str) -> Manifest:
-    return _object(f"{RBAC}/v1", f"{kind}Binding", name, namespace) | {
+def _binding(kind: str, name: str, where: str, account: str, namespace: str) -> Manifest:
+    return _object(f"{RBAC}/v1", f"{kind}Binding", name, where) | {
         "roleRef": {"apiGroup": RBAC, "kind": kind, "name": name},
-        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}],
+        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": namespace}],
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from tercet_node.agent import Settings, run
+from tercet_node.registration import Group
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[Settings, str]:
@@ -23,12 +24,20 @@ def _arguments(argv: Sequence[str] | None) -> tuple[Settings, str]:
     parser.add_argument("--state-dir", type=Path, required=True, help="key and certificate")
     parser.add_argument("--listen", required=True, help="ADDRESS:PORT of the gRPC service")
     parser.add_argument("--http", required=True, help="ADDRESS:PORT of health and metrics")
+    parser.add_argument("--register", type=Path, help="make the StorageNode of this JSON file")
+    parser.add_argument("--address", default="", help="this node's own, for --register")
     parser.add_argument("--log-format", choices=("json", "text"), default="json")
     found = parser.parse_args(argv)
     for name in ("listen", "http"):
         _, _, port = getattr(found, name).rpartition(":")
         if not port.isdecimal():
             parser.error(f"--{name}: ADDRESS:PORT is asked for, not {getattr(found, name)!r}")
+    if found.register is not None and not found.address:
+        parser.error("--register needs --address")
+    try:
+        group = None if found.register is None else Group.read(found.register)
+    except (OSError, ValueError) as error:
+        parser.error(f"--register: {error}")
     settings = Settings(
         node=found.node,
         kubeconfig=found.kubeconfig,
@@ -36,6 +45,8 @@ def _arguments(argv: Sequence[str] | None) -> tuple[Settings, str]:
         state_dir=found.state_dir,
         listen=found.listen,
         http=found.http,
+        group=group,
+        address=found.address,
     )
     return settings, found.log_format
 

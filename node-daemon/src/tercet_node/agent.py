@@ -38,6 +38,7 @@ from tercet_node.node_work import NodeWork
 from tercet_node.notices import About, Notices, Said
 from tercet_node.primary_work import PrimaryWork
 from tercet_node.protos import engine_pb2 as pb
+from tercet_node.registration import Group, Registration
 from tercet_node.session import Listeners, Session
 from tercet_node.views import Origin
 from tercet_node.volume_work import VolumeWork
@@ -62,6 +63,10 @@ class Settings:
     state_dir: Path
     listen: str
     http: str
+    group: Group | None = None
+    """Of what this node's StorageNode is made, where there is none."""
+    address: str = ""
+    """The node's own, for that object."""
 
 
 class Agent:
@@ -115,6 +120,7 @@ class Agent:
             group.create_task(self._node.renew(lambda: self.session.answered_s), name="lease")
             group.create_task(self._notices.run(), name="notices")
             group.create_task(self._certify(), name="certificates")
+            group.create_task(self._register(), name="register")
             service = server.AgentService(self._engine, self.world)
             group.create_task(server.serve(self._settings.listen, service, self._certificates))
             group.create_task(http.serve(self._settings.http, self.metrics.registry, self.missing))
@@ -140,6 +146,13 @@ class Agent:
 
     async def _hold_session(self) -> None:
         await self.session.run(await self._cluster_id())
+
+    async def _register(self) -> None:
+        given = self._settings
+        if given.group is not None:
+            nodes = storage_nodes(self._api)
+            registration = Registration(self._api, nodes, given.node, given.address)
+            await registration.run(given.group)
 
     async def _certify(self) -> None:
         await self.world.nodes_known.wait()
