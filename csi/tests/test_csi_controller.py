@@ -250,7 +250,7 @@ async def test_growth_beyond_a_nodes_room_is_refused_and_changes_nothing(world: 
     volume, _ = await world.create(), await world.create("pvc-2", size=900 * MIB)
     request = csi.ControllerExpandVolumeRequest(volume_id=volume.volume_id)
     request.capacity_range.required_bytes = 128 * MIB
-    with pytest.raises(Exhausted, match=f"n2 has room for {124 * MIB} bytes"):
+    with pytest.raises(OutOfRange, match=f"n2 has room for {124 * MIB} bytes"):
         await world.service.ControllerExpandVolume(request, None)
     sizes = sorted(v["spec"]["sizeBytes"] for v in world.rest.volumes())
     assert sizes == [64 * MIB, 900 * MIB]

@@ -290,8 +290,8 @@ class Volumes:
     async def expand(self, volume_id: str, size_bytes: int, limit_bytes: int) -> Volume:
         """Grow it and wait until it has grown; a smaller size changes nothing.
 
-        Raises Exhausted (names the nodes without room; nothing was changed: a volume never shrinks
-        again), OutOfRange, DeadlineExceeded.
+        Raises OutOfRange (names the nodes without room; nothing was changed: a volume never shrinks
+        again), DeadlineExceeded.
         """
         volume = await self._cluster.find_volume(volume_id)
         if limit_bytes and volume.spec.size_bytes > limit_bytes:
@@ -336,7 +336,11 @@ class Volumes:
         return placed
 
     def _check_room(self, volume: Volume, size_bytes: int) -> None:
-        """Whether every node that keeps a replica has room for this size. Raises Exhausted."""
+        """Whether every node that keeps a replica has room for this size.
+
+        Raises OutOfRange, not Exhausted: external-resizer takes the latter for "still under way"
+        and would not let the user ask for less.
+        """
         promised = self._promised(besides=volume.name)
         short = []
         for replica in volume.status.replicas:
@@ -347,7 +351,7 @@ class Volumes:
             if room < size_bytes:
                 short.append(f"{replica.node} has room for {max(room, 0)} bytes of it")
         if short:
-            raise Exhausted(
+            raise OutOfRange(
                 f"volume {volume.name} cannot grow to {size_bytes} bytes: {'; '.join(short)}; "
                 "ask for less, or delete other volumes"
             )
