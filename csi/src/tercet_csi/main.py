@@ -70,6 +70,9 @@ def node(
     volumes_max: Annotated[
         int, typer.Option(min=1, help="How many volumes this node takes at a time.")
     ] = 128,
+    register: Annotated[
+        Path | None, typer.Option(help="The kubelet's plugins_registry, to register there.")
+    ] = None,
     http: Http = None,
     log_format: LogFormat = "text",
 ) -> None:
@@ -80,7 +83,7 @@ def node(
     if wrong:
         raise typer.BadParameter(f"--topology {wrong[0]!r} is not KEY=VALUE")
     segments = {key: value for key, _, value in pairs}
-    asyncio.run(_node(endpoint, node, state_dir, attacher, segments, volumes_max, http))
+    asyncio.run(_node(endpoint, node, state_dir, attacher, segments, volumes_max, register, http))
 
 
 async def _node(
@@ -90,6 +93,7 @@ async def _node(
     attacher_endpoint: str | None,
     topology: dict[str, str],
     volumes_max: int,
+    kubelet: Path | None,
     http: str | None,
 ) -> None:
     from tercet_csi.node.attach import choose
@@ -110,7 +114,7 @@ async def _node(
         csi_pb2_grpc.add_IdentityServicer_to_server(Identity(attacher.ready), server)
         csi_pb2_grpc.add_NodeServicer_to_server(service, server)
 
-    await serve(endpoint, http, register)
+    await serve(endpoint, http, register, kubelet=kubelet)
 
 
 def _logging(log_format: str) -> None:

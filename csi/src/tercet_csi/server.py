@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Histogram, start_http_server
 
 from tercet_csi.errors import CsiError
+from tercet_csi.registration import registered
 
 GRACE_S = 5.0
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
@@ -104,10 +105,13 @@ async def serve(
     http: str | None,
     register: Callable[[grpc.aio.Server], None],
     translate: Translate = _unknown,
+    *,
+    kubelet: Path | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
     endpoint: `unix://PATH`; a stale socket is replaced. http: `ADDRESS:PORT` of metrics, or none.
+    kubelet: its plugins_registry, for a node service that shall register itself.
     """
     if not endpoint.startswith("unix://"):
         raise ValueError(f"endpoint {endpoint!r} must be unix://PATH")
@@ -132,7 +136,8 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await stop.wait()
+    async with registered(kubelet, endpoint):
+        await stop.wait()
     await server.stop(GRACE_S)
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
