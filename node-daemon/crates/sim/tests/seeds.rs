@@ -65,3 +65,10 @@ fn seeds_1110_and_1118_a_small_log_takes_a_chunk_to_catch_up() {
     passes(1110);
     passes(1118);
 }
+
+/// A primary handed over, and nobody heard of it. The others saw its engine answer and never missed
+/// it; it consulted them for ever (T2).
+#[test]
+fn seed_500201_a_hand_over_that_nobody_heard_of() {
+    passes(500_201);
+}
