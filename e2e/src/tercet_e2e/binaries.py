@@ -81,6 +81,15 @@ TOOLS: Mapping[str, Tool] = {
         _sidecar("csi-resizer", "v2.2.0", "external-resizer/v2"),
         _sidecar("csi-snapshotter", "v8.6.0", "external-snapshotter/v8"),
         _sidecar("snapshot-controller", "v8.6.0", "external-snapshotter/v8"),
+        # The independent judge of CSI drivers.
+        Tool(
+            "csi-sanity",
+            "v5.6.0",
+            "sanity",
+            "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity",
+            ("--version",),
+            ("main.VERSION",),
+        ),
         # What installs the chart, and what checks it.
         Tool(
             "helm",

@@ -89,7 +89,7 @@ def storage_node(node: Node, device_bytes: int) -> Json:
 
 
 def node_programs(
-    node: Node, programs: Programs, agent_kubeconfig: Path
+    node: Node, programs: Programs, agent_kubeconfig: Path, volumes_max: int | None = None
 ) -> Sequence[tuple[str, Sequence[str | Path]]]:
     """Component and command line of each piece of a node."""
     engine, attach = node.folder / "engine.sock", node.folder / "attach.sock"
@@ -106,6 +106,8 @@ def node_programs(
     csi += ["--http", f"{node.address}:{CSI_NODE_HTTP}"]
     for key, value in node.labels.items():
         csi += ["--topology", f"{key}={value}"]
+    if volumes_max is not None:
+        csi += ["--volumes-max", str(volumes_max)]
     agent: list[str | Path] = [
         programs.agent,
         "--node",
@@ -135,7 +137,10 @@ def node_programs(
 
 
 class LocalCluster:
-    """A cluster on this machine with Tercet in it. An async context manager."""
+    """A cluster on this machine with Tercet in it. An async context manager.
+
+    volumes_max: how many volumes each node takes at a time; none for the driver's own default.
+    """
 
     def __init__(
         self,
@@ -143,6 +148,7 @@ class LocalCluster:
         *,
         nodes: int = NODES,
         device_bytes: int = DEVICE_BYTES,
+        volumes_max: int | None = None,
         binaries: Binaries | None = None,
         progress: Progress = print,
         remove: bool = False,
@@ -150,6 +156,7 @@ class LocalCluster:
         self.base = Cluster(root, binaries=binaries, progress=progress, remove=remove)
         self._node_count = nodes
         self._device_bytes = device_bytes
+        self._volumes_max = volumes_max
         self._progress = progress
 
     async def __aenter__(self) -> Self:
@@ -164,6 +171,11 @@ class LocalCluster:
 
     async def __aexit__(self, *_: object) -> None:
         await self.base.__aexit__()
+
+    @property
+    def controller_socket(self) -> Path:
+        """Where the CSI controller service listens."""
+        return self.state.root / "csi.sock"
 
     @property
     def state(self) -> StateFolder:
@@ -211,7 +223,7 @@ class LocalCluster:
         controller = await account_kubeconfig(
             base.kube, base.control_plane, "tercet-csi-controller"
         )
-        socket = self.state.root / "csi.sock"
+        socket = self.controller_socket
         argv: list[str | Path] = [self._programs.operator, "--kubeconfig", operator]
         argv += ["--namespace", NAMESPACE, "--http", f"{LOCALHOST}:{base.ports.take()}"]
         await base.processes.start(Program(process_name("operator"), argv))
@@ -229,7 +241,7 @@ class LocalCluster:
         kubeconfig = await account_kubeconfig(
             base.kube, base.control_plane, "tercet-node", node=name
         )
-        for component, argv in node_programs(node, self._programs, kubeconfig):
+        for component, argv in node_programs(node, self._programs, kubeconfig, self._volumes_max):
             await base.processes.start(Program(process_name(component, name), argv))
 
     def _write_status(self) -> None:
