@@ -95,7 +95,7 @@ def tiers() -> tuple[Tier, ...]:
         ),
         Tier("canaries", "rules broken on purpose, each caught", ((*canary, "canaries"),)),
         Tier("control-plane", "a real API server: CRDs, operator, agent", (pytest("-m", "local"),)),
-        Tier("cluster", "whole clusters: bad input, kills", (pytest("-m", "cluster"),)),
+        Tier("cluster", "whole clusters: csi-sanity, bad input, kills", (pytest("-m", "cluster"),)),
         Tier("demo", "the story, checked", ((sys.executable, "-m", "tercet_e2e", "demo"),)),
     )
 

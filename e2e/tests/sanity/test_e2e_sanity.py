@@ -27,7 +27,7 @@ from tercet_e2e.story.leftovers import leftovers
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
 NODE = "node-1"
-VOLUMES_MAX = 4
+VOLUMES_MAX = 2
 """So few that csi-sanity fills the node, and is told that it is full."""
 RUN_MIN = 80
 """Specs that v5.6.0 asks a driver with our capabilities; fewer: it has not asked what it should."""
