@@ -17,12 +17,17 @@ from tercet_api.manifests import crds
 from tercet_api.rbac import Manifest
 
 ROLES_FILE = "templates/rbac.yaml"
+UNINSTALL_FILE = "templates/uninstall-rbac.yaml"
 CRDS_FOLDER = "files/crds"
 _NAMESPACE = "release-namespace"
 _LABELS = "chart-labels"
+_ANNOTATIONS = "hook-annotations"
 _WORDS = {
     _NAMESPACE: "{{ $.Release.Namespace }}",
     f"labels: {_LABELS}": 'labels: {{- include "tercet.labels" $ | nindent 4 }}',
+    f"annotations: {_ANNOTATIONS}": (
+        'annotations: {{- include "tercet.uninstall.hook" $ | nindent 4 }}'
+    ),
 }
 
 
@@ -45,14 +50,20 @@ def files() -> dict[str, str]:
         f"{_template(always)}\n{{{{- if .Values.snapshotController.enabled }}}}\n---\n"
         f"{_template(rbac.snapshot_controller_manifests(_NAMESPACE))}\n{{{{- end }}}}\n"
     )
+    hooks = _template(rbac.uninstall_manifests(_NAMESPACE), hooks=True)
+    texts[UNINSTALL_FILE] = (
+        f'{{{{- if eq .Values.uninstall.volumes "refuse" }}}}\n{hooks}\n{{{{- end }}}}\n'
+    )
     return texts
 
 
-def _template(manifests: Iterable[Manifest]) -> str:
+def _template(manifests: Iterable[Manifest], *, hooks: bool = False) -> str:
     labelled = []
     for manifest in manifests:
         made = deepcopy(manifest)
         made["metadata"]["labels"] = _LABELS
+        if hooks:
+            made["metadata"]["annotations"] = _ANNOTATIONS
         labelled.append(made)
     text = yaml.dump_all(labelled, Dumper=NoAliases, sort_keys=False, width=1000).rstrip()
     for mark, word in _WORDS.items():

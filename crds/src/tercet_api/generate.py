@@ -64,7 +64,8 @@ def generated(folder: Path) -> list[str]:
 
 def chart_generated(folder: Path) -> list[str]:
     """The chart's generated files."""
-    found = [*(folder / chart.CRDS_FOLDER).glob("*.yaml"), folder / chart.ROLES_FILE]
+    roles = (folder / chart.ROLES_FILE, folder / chart.UNINSTALL_FILE)
+    found = [*(folder / chart.CRDS_FOLDER).glob("*.yaml"), *roles]
     return sorted(str(path.relative_to(folder)) for path in found if path.exists())
 
 

@@ -179,6 +179,25 @@ SNAPSHOT_CONTROLLER_RULES: list[Manifest] = [
 ]
 SNAPSHOT_CONTROLLER = "tercet-snapshot-controller"
 
+UNINSTALL = "tercet-uninstall"
+_CRD_NAMES = tuple(f"{plural}.{GROUP}" for plural in _ALL)
+
+UNINSTALL_CLUSTER_RULES: list[Manifest] = [
+    _rule(GROUP, (VOLUMES, SNAPSHOTS), ("list",)),
+    _rule(GROUP, (STORAGENODES,), ("list", "patch", "delete")),
+    _rule("certificates.k8s.io", (_REQUESTS,), ("list", "delete")),
+    _rule("apiextensions.k8s.io", ("customresourcedefinitions",), ("delete",), _CRD_NAMES),
+]
+UNINSTALL_NAMESPACE_RULES: list[Manifest] = [
+    _rule("", ("pods",), ("list",)),
+    _rule("apps", ("daemonsets",), ("create",)),
+    _rule("apps", ("daemonsets",), ("get", "delete"), ("tercet-wipe",)),
+    _rule("coordination.k8s.io", ("leases",), ("list", "delete")),
+    _rule("", ("configmaps",), ("delete",), (CA_CONFIG_MAP,)),
+    _rule("", ("secrets",), ("delete",), (CA_SECRET,)),
+]
+"""Of the account that exists while `helm uninstall` runs its hooks, and no longer."""
+
 _ADMISSION = "admissionregistration.k8s.io/v1"
 _TOKENS_NODE = "authentication.kubernetes.io/node-name"
 _POLICY = "tercet-own-storagenode"
@@ -256,6 +275,16 @@ def snapshot_controller_manifests(namespace: str) -> list[Manifest]:
         _object("v1", "ServiceAccount", account, namespace),
         *_bound(role, SNAPSHOT_CONTROLLER_RULES, "", account, namespace),
         *_bound(role, [_ELECTION], namespace, account, namespace),
+    ]
+
+
+def uninstall_manifests(namespace: str) -> list[Manifest]:
+    """For the hooks of `helm uninstall`."""
+    role = f"tercet:{UNINSTALL}"
+    return [
+        _object("v1", "ServiceAccount", UNINSTALL, namespace),
+        *_bound(role, UNINSTALL_CLUSTER_RULES, "", UNINSTALL, namespace),
+        *_bound(role, UNINSTALL_NAMESPACE_RULES, namespace, UNINSTALL, namespace),
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tercet_e2e import chart as charts
 from tercet_e2e import commands, report, tiers
 from tercet_e2e.bench import run as benchmark
 from tercet_e2e.docker import commands as docker
@@ -34,6 +35,12 @@ def run_tiers(
 def tidy() -> None:
     """Check what no other tool checks: the sizes of files."""
     raise typer.Exit(tiers.tidy(Path.cwd()))
+
+
+@app.command()
+def chart() -> None:
+    """Check the Helm chart: lint, schemas, its suites, rules about privileges."""
+    raise typer.Exit(charts.check(Path.cwd()))
 
 
 @app.command()

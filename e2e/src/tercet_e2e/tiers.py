@@ -66,7 +66,7 @@ def tiers() -> tuple[Tier, ...]:
     return (
         Tier(
             "lint",
-            "formats, types, import arrows, generated files, clippy, size limits",
+            "formats, types, import arrows, generated files, the chart, clippy, size limits",
             (
                 tool("ruff", "format", "--check", "."),
                 tool("ruff", "check", "."),
@@ -74,6 +74,7 @@ def tiers() -> tuple[Tier, ...]:
                 tool("lint-imports"),
                 (sys.executable, "-m", "tercet_api.generate", "--check"),
                 (sys.executable, "-m", "tercet_e2e", "tidy"),
+                (sys.executable, "-m", "tercet_e2e", "chart"),
                 (*CARGO, "fmt", *MANIFEST, "--all", "--check"),
                 cargo("clippy", "-q", "--workspace", "--all-targets", "--", "-D", "warnings"),
             ),

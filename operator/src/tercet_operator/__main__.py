@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import structlog
 from tercet_api.clients import Api
 from tercet_api.names import NAMESPACE
 from tercet_operator.leading import LeadershipLost, Operator
+from tercet_operator.logs import configure_logs
 
 log = structlog.get_logger(__name__)
 
@@ -26,33 +26,6 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--http", default="127.0.0.1:9811", help="health and metrics: HOST:PORT")
     parser.add_argument("--log-format", choices=("json", "text"), default="json")
     return parser.parse_args(given)
-
-
-def configure_logs(log_format: str) -> None:
-    """One line an event on standard error, kopf's own lines among them."""
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
-    last: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=False)
-    )
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-    )
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
-        )
-    )
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("kopf").setLevel(logging.WARNING)
 
 
 async def _run(arguments: argparse.Namespace) -> int:
