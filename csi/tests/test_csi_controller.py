@@ -135,6 +135,8 @@ async def test_bad_requests_change_nothing(world: World):
         await world.create(size=2**62)
     with pytest.raises(InvalidArgument, match="name is missing"):
         await world.create(name="")
+    with pytest.raises(InvalidArgument, match="'iops' is unknown"):
+        await world.create(mutable_parameters={"iops": "100"})
     assert world.rest.volumes() == []
 
 
@@ -242,6 +244,11 @@ async def test_growth_waits_until_the_volume_has_grown(world: World):
     answer = await world.service.ControllerExpandVolume(request, None)
     assert answer.capacity_bytes == 128 * MIB
     assert answer.node_expansion_required
+    request.volume_capability.CopyFrom(WRITER)
+    request.volume_capability.access_mode.mode = MODE.MULTI_NODE_MULTI_WRITER
+    with pytest.raises(InvalidArgument, match="MULTI_NODE_MULTI_WRITER"):
+        await world.service.ControllerExpandVolume(request, None)
+    request.volume_capability.CopyFrom(WRITER)
     request.capacity_range.required_bytes = 64 * MIB
     assert (await world.service.ControllerExpandVolume(request, None)).capacity_bytes == 128 * MIB
 

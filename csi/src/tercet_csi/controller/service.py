@@ -67,6 +67,9 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         name = object_name(request.name)
         check_all(request.volume_capabilities)
         parameters = read_parameters(dict(request.parameters))
+        if request.mutable_parameters:
+            first = min(request.mutable_parameters)
+            raise InvalidArgument(f"mutable parameter {first!r} is unknown; none is known")
         size = size_bytes(request.capacity_range)
         with self._locks.hold(f"volume {name}"):
             source, least = await self._source(request.volume_content_source)
@@ -271,6 +274,8 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         _need(request.volume_id, "volume_id")
         if not request.HasField("capacity_range"):
             raise InvalidArgument("capacity_range is missing")
+        if request.HasField("volume_capability"):
+            read_access(request.volume_capability)
         _known(request.volume_id)
         size = size_bytes(request.capacity_range)
         with self._locks.hold(f"volume {request.volume_id}"):
