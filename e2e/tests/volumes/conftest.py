@@ -1,9 +1,11 @@
 """One cluster for all tests that need engines: it starts once, each test brings its own volumes."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
 from tercet_e2e.kubectl import Kubectl
@@ -21,4 +23,11 @@ async def cluster():
         await Kubectl(found.kubectl).apply(*classes())
         yield found
     assert leftovers(root) == []
-    shutil.rmtree(root)
+    if "TERCET_KEEP" not in os.environ:  # to look at logs after a failure
+        shutil.rmtree(root)
+
+
+@pytest.fixture
+def kubectl(cluster: LocalCluster) -> Kubectl:
+    """kubectl as the administrator of that cluster."""
+    return Kubectl(cluster.kubectl)

@@ -4,71 +4,44 @@ import asyncio
 import json
 import os
 import socket
+import urllib.request
 
 import pytest
+from volumeharness import claim, events_of, immediate, refused_for_good, running, volume_of
 
 from tercet_e2e.kubectl import Kubectl, KubectlError
 from tercet_e2e.local import LocalCluster
 from tercet_e2e.story import objects
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="session")]
-SOON_S = 30.0
-
-
-async def events_of(kubectl: Kubectl, name: str, word: str) -> str:
-    """Wait until an event of the object says `word`; returns its message."""
-    deadline = asyncio.get_running_loop().time() + SOON_S
-    while asyncio.get_running_loop().time() < deadline:
-        for event in await kubectl.list("events"):
-            if event["involvedObject"]["name"] == name and word in event["message"]:
-                return str(event["message"])
-        await asyncio.sleep(0.2)
-    raise AssertionError(f"no event of {name} says {word!r}")
-
-
-@pytest.fixture
-def kubectl(cluster: LocalCluster) -> Kubectl:
-    return Kubectl(cluster.kubectl)
-
-
-def immediate(parameters: dict[str, str], name: str) -> dict:
-    made = objects.classes()[0]
-    return made | {
-        "metadata": {"name": name},
-        "parameters": parameters,
-        "volumeBindingMode": "Immediate",
-    }
-
-
-def claim(name: str, size: str, storage_class: str) -> dict:
-    made = objects.claim(name, size)
-    made["spec"]["storageClassName"] = storage_class
-    return made
+GARBAGE = (os.urandom(64), os.urandom(4096), bytes(8192), b"GET / HTTP/1.1\r\n\r\n")
+ENGINE_PORTS = (4420, 8009, 4421)
+AGENT_PORT = 4423
 
 
 async def test_an_unknown_parameter_is_named_in_the_claims_events(kubectl: Kubectl):
-    await kubectl.apply(immediate({"replica": "2"}, "typo"), claim("typo", "1Gi", "typo"))
+    await kubectl.apply(
+        immediate({"replica": "2"}, "typo"), claim("typo", "1Gi", storage_class="typo")
+    )
     assert "'replica' is unknown" in await events_of(kubectl, "typo", "unknown")
-    await kubectl.delete("pvc", "typo")
-    assert await kubectl.list("tvol") == []
+    await refused_for_good(kubectl, "typo")
 
 
 async def test_a_volume_larger_than_the_cluster_says_how_much_there_is(kubectl: Kubectl):
-    await kubectl.apply(immediate({"replicas": "3"}, "now"), claim("huge", "1Ti", "now"))
+    await kubectl.apply(
+        immediate({"replicas": "3"}, "now"), claim("huge", "1Ti", storage_class="now")
+    )
     message = await events_of(kubectl, "huge", "ResourceExhausted")
     assert "bytes" in message
-    await kubectl.delete("pvc", "huge")
-    deadline = asyncio.get_running_loop().time() + SOON_S
-    while await kubectl.list("tvol"):
-        assert asyncio.get_running_loop().time() < deadline
-        await asyncio.sleep(0.2)
+    await refused_for_good(kubectl, "huge")
 
 
 async def test_an_impossible_size_is_refused(kubectl: Kubectl):
-    await kubectl.apply(immediate({"replicas": "3"}, "now"), claim("absurd", "4Ei", "now"))
+    await kubectl.apply(
+        immediate({"replicas": "3"}, "now"), claim("absurd", "4Ei", storage_class="now")
+    )
     await events_of(kubectl, "absurd", "a volume has at most")
-    await kubectl.delete("pvc", "absurd")
-    assert await kubectl.list("tvol") == []
+    await refused_for_good(kubectl, "absurd")
 
 
 async def test_a_snapshot_that_is_not_there_is_no_source(kubectl: Kubectl):
@@ -76,8 +49,7 @@ async def test_a_snapshot_that_is_not_there_is_no_source(kubectl: Kubectl):
     made["spec"]["storageClassName"] = "now"
     await kubectl.apply(immediate({"replicas": "3"}, "now"), made)
     await events_of(kubectl, "orphan", "never-made")
-    await kubectl.delete("pvc", "orphan")
-    assert await kubectl.list("tvol") == []
+    await refused_for_good(kubectl, "orphan")
 
 
 async def test_a_second_writer_waits_and_is_told_why(cluster: LocalCluster, kubectl: Kubectl):
@@ -85,9 +57,9 @@ async def test_a_second_writer_waits_and_is_told_why(cluster: LocalCluster, kube
     folder.mkdir()
     first, second = (objects.writer(name, "shared", folder) for name in ("first", "second"))
     first["spec"]["nodeName"], second["spec"]["nodeName"] = "node-1", "node-2"
-    made = claim("shared", "64Mi", "now")
+    made = claim("shared", "64Mi", storage_class="now")
     await kubectl.apply(immediate({"replicas": "3"}, "now"), made, first)
-    await kubectl.until("pod", "first", lambda o: o["status"].get("phase") == "Running", 60, "runs")
+    await running(kubectl, "first")
     await kubectl.apply(second)
     await events_of(kubectl, "second", "Multi-Attach")
     attachments = await kubectl.list("volumeattachments")
@@ -97,11 +69,10 @@ async def test_a_second_writer_waits_and_is_told_why(cluster: LocalCluster, kube
 
 
 async def test_an_illegal_step_of_a_configuration_is_refused_by_the_api_server(kubectl: Kubectl):
-    await kubectl.apply(immediate({"replicas": "3"}, "now"), claim("victim", "64Mi", "now"))
-    bound = await kubectl.until(
-        "pvc", "victim", lambda o: o["status"].get("phase") == "Bound", SOON_S, "is bound"
+    await kubectl.apply(
+        immediate({"replicas": "3"}, "now"), claim("victim", "64Mi", storage_class="now")
     )
-    volume = bound["spec"]["volumeName"]
+    volume = await volume_of(kubectl, "victim")
     before = (await kubectl.get("tvol", volume))["status"]["config"]
     steps = {
         "an epoch that falls": before | {"epoch": 0},
@@ -122,21 +93,61 @@ async def test_an_illegal_step_of_a_configuration_is_refused_by_the_api_server(k
     await kubectl.delete("pvc", "victim")
 
 
-async def test_garbage_on_every_port_harms_nobody(cluster: LocalCluster):
-    node = cluster.nodes["node-1"]
-    before = cluster.pid("engine", "node-1")
-    for port in (4420, 8009, 4421, 4423):
-        for garbage in (os.urandom(64), os.urandom(4096), bytes(8192), b"GET / HTTP/1.1\r\n\r\n"):
-            with socket.create_connection((node.address, port), timeout=5) as connection:
+def http_addresses(cluster: LocalCluster) -> list[tuple[str, int]]:
+    """Where processes serve health and metrics: what their command lines say."""
+    found = []
+    for record in sorted(cluster.state.processes.glob("*.json")):
+        argv = json.loads(record.read_text())["argv"]
+        if "--http" in argv:
+            host, _, port = argv[argv.index("--http") + 1].rpartition(":")
+            found.append((host, int(port)))
+    return found
+
+
+def pids(cluster: LocalCluster) -> dict[str, int]:
+    """Every process of the cluster, engines included."""
+    records = [json.loads(path.read_text()) for path in cluster.state.processes.glob("*.json")]
+    engines = {f"engine-{node}": cluster.pid("engine", node) or 0 for node in cluster.nodes}
+    return {record["name"]: record["pid"] for record in records} | engines
+
+
+def make_noise(address: tuple[str, int], *, ends: bool) -> None:
+    """Send garbage, one connection for each sort; each must be ended by the other side.
+
+    `ends`: say that nothing follows, without which an HTTP server may wait for the rest.
+    """
+    for garbage in GARBAGE:
+        with socket.create_connection(address, timeout=5) as connection:
+            connection.settimeout(20)
+            try:
                 connection.sendall(garbage)
-                connection.settimeout(10)
-                try:
-                    while connection.recv(4096):
-                        pass
-                except ConnectionResetError:
+                if ends:
+                    connection.shutdown(socket.SHUT_WR)
+                while connection.recv(4096):
                     pass
-    assert cluster.pid("engine", "node-1") == before
-    await cluster.wait_ready()
+            except (ConnectionResetError, BrokenPipeError):
+                pass
+
+
+async def test_garbage_on_every_port_harms_nobody(cluster: LocalCluster, kubectl: Kubectl):
+    node = cluster.nodes["node-1"].address
+    http = http_addresses(cluster)
+    # Operator and csi controller; agent, csi node and attacher on each node.
+    assert len(http) == 2 + 3 * len(cluster.nodes)
+    before = pids(cluster)
+    noises = [
+        *(asyncio.to_thread(make_noise, (node, port), ends=False) for port in ENGINE_PORTS),
+        asyncio.to_thread(make_noise, (node, AGENT_PORT), ends=False),
+        *(asyncio.to_thread(make_noise, address, ends=True) for address in http),
+    ]
+    await asyncio.gather(*noises)
+    for host, port in http:
+        with urllib.request.urlopen(f"http://{host}:{port}/healthz", timeout=10) as answer:
+            assert answer.status == 200, (host, port)
+    assert pids(cluster) == before
+    await kubectl.apply(claim("after-noise", "64Mi", storage_class="now"))
+    await volume_of(kubectl, "after-noise")
+    await kubectl.delete("pvc", "after-noise")
 
 
 async def test_a_device_that_is_too_small_is_said_on_its_node(
