@@ -33,6 +33,7 @@ TAIL_LINES = 20
 
 KUBERNETES = "v1.34.4"
 ETCD = "v3.6.16"
+KIND = "v0.33.0"
 
 Progress = Callable[[str], None]
 
@@ -76,6 +77,12 @@ TOOLS: Mapping[str, Tool] = {
         _kubernetes("kube-apiserver"),
         _kubernetes("kube-controller-manager"),
         _kubernetes("kube-scheduler"),
+        # What a node of provider `kind` runs besides.
+        _kubernetes("kubelet"),
+        _kubernetes("kubeadm", "version", "-o", "short"),
+        _kubernetes("kube-proxy"),
+        Tool("kind", KIND, "kind", "sigs.k8s.io/kind", ("version",), ()),
+        Tool("coredns", "v1.12.1", "coredns", ".", ("-version",), ()),
         _sidecar("csi-provisioner", "v6.3.0", "external-provisioner/v6"),
         _sidecar("csi-attacher", "v4.12.0", "external-attacher/v4"),
         _sidecar("csi-resizer", "v2.2.0", "external-resizer/v2"),
