@@ -21,7 +21,7 @@ from tercet_api.generate import (
     write,
 )
 from tercet_api.manifests import KINDS, Schema, object_schema
-from tercet_api.names import host_id, host_nqn, is_uuid, volume_nqn
+from tercet_api.names import CLONE_LABEL, clone_labels, host_id, host_nqn, is_uuid, volume_nqn
 from tercet_api.objects import Attachment, Metadata, Volume, VolumePhase, VolumeSpec
 
 GIB = 1 << 30
@@ -75,8 +75,15 @@ def test_names() -> None:
     assert host_nqn("w1") == f"nqn.2026-11.io.tercet:host:{host_id('w1')}"
     assert is_uuid(host_id("w1"))
     assert host_id("w1") != host_id("w2")
+    assert not is_uuid(host_id("w1") + "\n")
     with pytest.raises(ValueError, match="no canonical UUID"):
         volume_nqn("ABC")
+
+
+def test_a_clones_label_fits_whatever_the_volumes_name_is() -> None:
+    """A volume's name has up to 253 characters, a label's value 63, alphanumeric at both ends."""
+    assert clone_labels("pvc-1") == {CLONE_LABEL: "pvc-1"}
+    assert clone_labels("a" * 62 + ".b")[CLONE_LABEL] == "a" * 62
 
 
 def walk(schema: Schema) -> list[Schema]:

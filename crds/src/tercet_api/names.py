@@ -51,6 +51,11 @@ def clone_snapshot(volume_uid: str) -> str:
     return f"clone-{volume_uid}"
 
 
+def clone_labels(volume: str) -> dict[str, str]:
+    """Labels of that Snapshot, by the source volume's name; a label's value has 63 characters."""
+    return {CLONE_LABEL: volume[:63].rstrip("-.")}
+
+
 def volume_nqn(volume_uuid: str) -> str:
     """NQN of a volume's subsystem. Raises ValueError when volume_uuid is no canonical UUID."""
     if not is_uuid(volume_uuid):

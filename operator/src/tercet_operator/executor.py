@@ -28,7 +28,7 @@ from tercet_api.clients import (
     volumes,
 )
 from tercet_api.coordination import Lost, Refusal, Swapped, Unknown, swap_config
-from tercet_api.names import CLONE_LABEL, FINALIZER
+from tercet_api.names import FINALIZER, clone_labels
 from tercet_api.objects import (
     Metadata,
     Object,
@@ -197,7 +197,7 @@ class Executor:
 
     async def _make_snapshot(self, target: Object, action: MakeCloneSnapshot) -> None:
         metadata = Metadata(
-            name=action.name, finalizers=[FINALIZER], labels={CLONE_LABEL: action.volume}
+            name=action.name, finalizers=[FINALIZER], labels=clone_labels(action.volume)
         )
         new = Snapshot(metadata=metadata, spec=SnapshotSpec(volume=action.volume))
         try:
