@@ -261,6 +261,21 @@ async def test_growth_that_is_on_its_way_is_waited_for(node: Node):
     assert (await expanding).capacity_bytes == 128 * MIB
 
 
+async def test_a_slash_at_the_end_makes_no_other_path(node: Node):
+    await node.stage()
+    request = csi.NodePublishVolumeRequest(
+        volume_id=VOLUME,
+        staging_target_path=f"{node.staging}/",
+        target_path=f"{node.target}/",
+        volume_capability=capability(block=False, mode=ONE_POD),
+    )
+    await node.service.NodePublishVolume(request, None)
+    await node.publish(mode=ONE_POD)
+    for path in (f"{node.staging}/", f"{node.target}/"):
+        stats = csi.NodeGetVolumeStatsRequest(volume_id=VOLUME, volume_path=path)
+        assert (await node.service.NodeGetVolumeStats(stats, None)).usage[0].total > 0
+
+
 async def test_growth_reaches_a_volume_that_is_only_staged(node: Node):
     await node.stage()
     request = csi.NodeExpandVolumeRequest(volume_id=VOLUME, volume_path=str(node.staging))

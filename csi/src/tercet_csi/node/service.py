@@ -186,7 +186,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         target = _path(request.target_path, "target_path")
         access = _access(request)
         volume = _known(request.volume_id)
-        staging = request.staging_target_path
+        staging = _plain(request.staging_target_path)
         with self._locks.hold(volume):
             record = self._records.get(volume)
             if record is None or record.staging_path != staging:
@@ -258,7 +258,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         """Bytes and inodes of a file system; bytes of a device."""
         _need(request.volume_id, "volume_id")
         _need(request.volume_path, "volume_path")
-        record, device = await self._at(_known(request.volume_id), request.volume_path)
+        record, device = await self._at(_known(request.volume_id), _plain(request.volume_path))
         usage = csi.VolumeUsage
         if record.block:
             total = device_bytes(device)
@@ -292,7 +292,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         if request.HasField("volume_capability"):
             read_access(request.volume_capability)
         with self._locks.hold(volume):
-            record, device = await self._at(volume, request.volume_path)
+            record, device = await self._at(volume, _plain(request.volume_path))
             size = await _grown(device, request.capacity_range.required_bytes)
             if not record.block:
                 await self._fs.grow(device, str(_staged_mount(record)))
@@ -374,6 +374,11 @@ def _known(volume_id: str) -> str:
     if not is_uuid(volume_id):
         raise NotFound(f"volume_id {volume_id!r} is no id of a Tercet volume (a UUID)")
     return volume_id
+
+
+def _plain(path: str) -> str:
+    """The path as records have it, without a slash at its end; an empty one stays empty."""
+    return str(Path(path)) if path else ""
 
 
 def _path(path: str, field: str) -> Path:
