@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -276,15 +276,16 @@ async def test_renewal_makes_the_lease(leases: Objects[Lease]) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elections in a fiftieth of the time."""
-    monkeypatch.setattr(election, "RENEW_DEADLINE_S", 0.3)
+    """Elections that do not take long; a process that got no time for a second loses nothing."""
+    monkeypatch.setattr(election, "RENEW_DEADLINE_S", 3.0)
     monkeypatch.setattr(election, "RETRY_S", 0.02)
-    monkeypatch.setattr(election, "DURATION_S", 1)
+    monkeypatch.setattr(election, "DURATION_S", 6)
 
 
 async def hold(candidate: Election, leading: list[str], name: str, until: asyncio.Event) -> str:
     """Lead until told or until it is lost."""
     async with candidate.lead() as lost:
+        assert not leading, "at most one at a time"
         leading.append(name)
         waits = [asyncio.create_task(lost.wait()), asyncio.create_task(until.wait())]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -292,6 +293,19 @@ async def hold(candidate: Election, leading: list[str], name: str, until: asynci
             wait.cancel()
         leading.remove(name)
         return "lost" if lost.is_set() else "left"
+
+
+async def eventually(check: Callable[[], bool], within_s: float = 30.0) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(within_s):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
+def lease_of(api: FakeApi) -> tuple[str, Json]:
+    """Path and content of the only Lease, as the server has it."""
+    ((path, lease),) = ((p, item) for p, item in api.items.items() if p.endswith("/l"))
+    return path, lease
 
 
 @pytest.mark.usefixtures("quick")
@@ -303,13 +317,11 @@ async def test_one_leads_and_hands_over(leases: Objects[Lease]) -> None:
         asyncio.create_task(hold(Election(leases, "l", f"c{n}"), leading, f"c{n}", stops[n]))
         for n in (0, 1)
     ]
-    await asyncio.sleep(0.3)
-    assert len(leading) == 1
+    await eventually(lambda: len(leading) == 1)
     first = int(leading[0][1])
     stops[first].set()
     assert await runs[first] == "left"
-    await asyncio.sleep(0.3)
-    assert leading == [f"c{1 - first}"]
+    await eventually(lambda: leading == [f"c{1 - first}"], within_s=5.0)  # not by expiry
     stops[1 - first].set()
     assert await runs[1 - first] == "left"
 
@@ -319,21 +331,23 @@ async def test_a_leader_that_cannot_renew_stops_first(leases: Objects[Lease], ap
     """Its own deadline ends before the Lease does."""
     leading: list[str] = []
     run = asyncio.create_task(hold(Election(leases, "l", "c0"), leading, "c0", asyncio.Event()))
-    await asyncio.sleep(0.1)
-    assert leading == ["c0"]
-    api.fail = [(Unreachable("away"), False)] * 1000
-    async with asyncio.timeout(0.9):  # the Lease itself lasts for a second
+    await eventually(lambda: leading == ["c0"])
+    api.fail = [(Unreachable("away"), False)] * 100_000
+    async with asyncio.timeout(5.8):  # the Lease itself lasts for six seconds
         assert await run == "lost"
 
 
-@pytest.mark.usefixtures("quick")
-async def test_a_leader_that_is_succeeded_stops(leases: Objects[Lease], api: FakeApi) -> None:
+async def test_a_leader_that_is_succeeded_stops(
+    leases: Objects[Lease], api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody took the Lease by force: seen at the next renewal."""
-    run = asyncio.create_task(hold(Election(leases, "l", "c0"), [], "c0", asyncio.Event()))
-    await asyncio.sleep(0.1)
-    (path,) = [path for path in api.items if path.endswith("/l")]
+    monkeypatch.setattr(election, "RETRY_S", 0.02)
+    leading: list[str] = []
+    run = asyncio.create_task(hold(Election(leases, "l", "c0"), leading, "c0", asyncio.Event()))
+    await eventually(lambda: leading == ["c0"])
+    path, _ = lease_of(api)
     api._merge(path, {"spec": {"holderIdentity": "usurper"}})
-    async with asyncio.timeout(0.5):
+    async with asyncio.timeout(election.RENEW_DEADLINE_S - 1):  # not by the deadline
         assert await run == "lost"
     assert api.items[path]["spec"]["holderIdentity"] == "usurper", "nothing to give back"
 
@@ -343,9 +357,30 @@ async def test_a_renewal_whose_answer_was_lost(leases: Objects[Lease], api: Fake
     """It took place: the next one finds its own name and goes on."""
     stop, leading = asyncio.Event(), list[str]()
     run = asyncio.create_task(hold(Election(leases, "l", "c0"), leading, "c0", stop))
-    await asyncio.sleep(0.1)
+    await eventually(lambda: leading == ["c0"])
     api.fail = [(Unreachable("no answer"), True)]
-    await asyncio.sleep(0.2)
+    await eventually(lambda: not api.fail)
+    lost_at = lease_of(api)[1]["spec"]["renewTime"]
+    await eventually(lambda: lease_of(api)[1]["spec"]["renewTime"] != lost_at)
     assert leading == ["c0"]
     stop.set()
     assert await run == "left"
+
+
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.usefixtures("quick")
+async def test_who_stops_during_a_renewal_gives_the_lease_back(
+    leases: Objects[Lease], api: FakeApi, answered: bool
+) -> None:
+    """The renewal took place and its answer is nobody's any more; or the giving back's is lost."""
+    stop, leading = asyncio.Event(), list[str]()
+    run = asyncio.create_task(hold(Election(leases, "l", "c0"), leading, "c0", stop))
+    await eventually(lambda: leading == ["c0"])
+    path, _ = lease_of(api)
+    if answered:
+        api._merge(path, {"spec": {"renewTime": micro_time(NOW)}})
+    else:
+        api.fail = [(Unreachable("no answer"), False)]
+    stop.set()
+    assert await run == "left"
+    assert not lease_of(api)[1]["spec"]["holderIdentity"]

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from tercet_api.clients import ApiError, Conflict, NotFound, Objects
+from tercet_api.clients import ApiError, Conflict, NotFound, Objects, Unreachable
 from tercet_api.coordination.lease import Lease, LeaseSpec, micro_time
 from tercet_api.coordination.membership import Sighting, sight
 from tercet_api.objects import Metadata
@@ -29,6 +29,7 @@ from tercet_api.objects import Metadata
 DURATION_S = 15
 RENEW_DEADLINE_S = 10.0
 RETRY_S = 1.0
+GIVE_BACK_S = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -166,14 +167,23 @@ class Election:
     async def _give_back(self) -> None:
         """Let another lead at once, if the Lease is still ours."""
         held, self._held = self._held, None
-        if held is None:
-            return
+        try:
+            async with asyncio.timeout(GIVE_BACK_S):
+                while held is not None:
+                    held = await self._vacate(held)
+        except (ApiError, TimeoutError) as error:
+            log.info("election: not given back", lease=self._name, error=repr(error))
+
+    async def _vacate(self, held: Lease) -> Lease | None:
+        """Write that nobody leads. Returns the Lease when it is ours still: try again."""
         patch = {
             "metadata": {"resourceVersion": held.metadata.resource_version},
             "spec": {"holderIdentity": "", "leaseDurationSeconds": 1},
         }
         try:
-            async with asyncio.timeout(RETRY_S):
-                await self._leases.patch(self._name, patch)
-        except (ApiError, TimeoutError) as error:
-            log.info("election: not given back", lease=self._name, error=repr(error))
+            await self._leases.patch(self._name, patch)
+        except (Conflict, Unreachable):
+            # A renewal that was under way when we stopped took place, or nobody knows what did.
+            lease = await self._leases.get(self._name)
+            return lease if lease.spec.holder_identity == self._identity else None
+        return None
