@@ -54,7 +54,7 @@ async def test_the_kubelet_is_told_who_serves_and_where(service, folder):
     await appears(socket)
     async with channel(socket) as asked:
         stub = pb_grpc.RegistrationStub(asked)
-        told = await stub.GetInfo(pb.InfoRequest())
+        told = await stub.GetInfo(pb.InfoRequest(), wait_for_ready=True)
         assert (told.type, told.name) == ("CSIPlugin", "csi.tercet.io")
         assert list(told.supported_versions) == ["1.0.0"]
         async with channel(told.endpoint) as driver:
