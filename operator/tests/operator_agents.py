@@ -10,27 +10,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from tercet_api.clients import (
     Api,
     ApiError,
     Changed,
+    Conflict,
     Listed,
+    Objects,
+    Unreachable,
     expect,
     put,
     snapshots,
     storage_nodes,
     volumes,
 )
-from tercet_api.coordination import Swapped, leases, renew_node_lease, swap_config
+from tercet_api.coordination import Swapped, Unknown, leases, renew_node_lease, swap_config
 from tercet_api.names import FINALIZER
 from tercet_api.objects import (
     ConfigState,
     Metadata,
+    Object,
     Orphan,
     ReplicaPhase,
     Snapshot,
@@ -41,6 +47,7 @@ from tercet_api.objects import (
 
 GIB = 1024**3
 RENEW_S = 0.5
+O = TypeVar("O", bound=Object)  # noqa: E741
 
 
 class Agent:
@@ -53,11 +60,15 @@ class Agent:
         self.topology = topology
         self.instance = str(uuid.uuid4())
         self.capacity_bytes = 100 * GIB
+        self.used_percent = 0
+        """Reported; the operator repeats it, which shows that it has seen the report."""
         self.orphans: list[Orphan] = []
         self.refuses: str | None = None
         """Why it cannot make a replica."""
         self.reports_orphans = True
         self.renews = True
+        self.renewed_s = 0.0
+        """When it last began to renew, by the monotonic clock."""
 
     async def register(self) -> None:
         """Make the StorageNode and say what is on it."""
@@ -66,7 +77,7 @@ class Agent:
             address=f"127.0.1.{self.number}",
             topology=self.topology,
         )
-        with contextlib.suppress(ApiError):
+        with contextlib.suppress(Conflict):
             await storage_nodes(self.api).create(
                 StorageNode(metadata=Metadata(name=self.name), spec=spec)
             )
@@ -77,7 +88,7 @@ class Agent:
         status = {
             "instance": self.instance,
             "capacityBytes": self.capacity_bytes,
-            "allocatedBytes": 0,
+            "allocatedBytes": self.capacity_bytes // 100 * self.used_percent,
             "orphans": [orphan.to_json() for orphan in self.orphans],
             "orphansInstance": self.instance if self.reports_orphans else None,
         }
@@ -93,28 +104,18 @@ class Agent:
     async def _renew(self) -> None:
         while True:
             if self.renews:
-                await renew_node_lease(
-                    leases(self.api), self.name, self.instance, datetime.now(UTC)
-                )
+                self.renewed_s = time.monotonic()
+                with contextlib.suppress(ApiError):  # a slow API server: the next one counts
+                    await renew_node_lease(
+                        leases(self.api), self.name, self.instance, datetime.now(UTC)
+                    )
             await asyncio.sleep(RENEW_S)
 
     async def _follow_volumes(self) -> None:
-        async for event in volumes(self.api).watch():
-            match event:
-                case Listed(everything):
-                    for volume in everything:
-                        await self._volume(volume)
-                case Changed(volume):
-                    await self._volume(volume)
+        await _follow(volumes(self.api), self._volume)
 
     async def _follow_snapshots(self) -> None:
-        async for event in snapshots(self.api).watch():
-            match event:
-                case Listed(everything):
-                    for snapshot in everything:
-                        await self._snapshot(snapshot)
-                case Changed(snapshot):
-                    await self._snapshot(snapshot)
+        await _follow(snapshots(self.api), self._snapshot)
 
     async def _volume(self, seen: Volume) -> None:
         for index, entry in enumerate(seen.status.replicas):
@@ -139,6 +140,8 @@ class Agent:
         if config.state is ConfigState.RECOVERING:
             active = config.model_copy(update={"state": ConfigState.ACTIVE})
             answer = await swap_config(volumes(self.api), seen.name, seen.uid, config, active)
+            if isinstance(answer, Unknown):
+                raise Unreachable(answer.message)
             if not isinstance(answer, Swapped):
                 return
             seen = answer.volume
@@ -150,33 +153,56 @@ class Agent:
             await self._patch(seen, [put("/status/sizeBytes", seen.spec.size_bytes), *states])
 
     async def _snapshot(self, seen: Snapshot) -> None:
-        with contextlib.suppress(ApiError):
-            volume = await volumes(self.api).get(seen.spec.volume)
-            config = volume.status.config
-            if config is None or config.primary.instance != self.instance:
+        volume = await volumes(self.api).get(seen.spec.volume)
+        config = volume.status.config
+        if config is None or config.primary.instance != self.instance:
+            return
+        if seen.deletion_allowed and not seen.status.deleted:
+            await self._patch_snapshot(seen, {"deleted": True, "readyToUse": False})
+        elif not seen.deleting and not seen.status.ready_to_use:
+            if FINALIZER not in seen.metadata.finalizers:
                 return
-            if seen.deletion_allowed and not seen.status.deleted:
-                await self._patch_snapshot(seen, {"deleted": True, "readyToUse": False})
-            elif not seen.deleting and not seen.status.ready_to_use:
-                if FINALIZER not in seen.metadata.finalizers:
-                    return
-                await self._patch_snapshot(
-                    seen,
-                    {
-                        "readyToUse": True,
-                        "epoch": config.epoch,
-                        "lsn": 1,
-                        "volumeUuid": volume.spec.uuid,
-                        "sizeBytes": volume.status.size_bytes,
-                    },
-                )
+            await self._patch_snapshot(
+                seen,
+                {
+                    "readyToUse": True,
+                    "epoch": config.epoch,
+                    "lsn": 1,
+                    "volumeUuid": volume.spec.uuid,
+                    "sizeBytes": volume.status.size_bytes,
+                },
+            )
 
     async def _patch(self, seen: Volume, patch: list[dict[str, object]]) -> None:
-        with contextlib.suppress(ApiError):  # changed meanwhile: the next event has it
-            await volumes(self.api).patch_status(seen.name, patch)
+        await volumes(self.api).patch_status(seen.name, patch)
 
     async def _patch_snapshot(self, seen: Snapshot, status: dict[str, object]) -> None:
         await snapshots(self.api).patch_status(seen.name, {"status": status})
+
+
+async def _follow(objects: Objects[O], take: Callable[[O], Awaitable[None]]) -> None:
+    """Hand over each object at each change; all afresh when the API server did not answer."""
+    while True:
+        try:
+            async with aclosing(objects.watch()) as events:
+                async for event in events:
+                    match event:
+                        case Listed(everything):
+                            for found in everything:
+                                await _taken(found, take)
+                        case Changed(found):
+                            await _taken(found, take)
+        except Unreachable:
+            await asyncio.sleep(RENEW_S)
+
+
+async def _taken(found: O, take: Callable[[O], Awaitable[None]]) -> None:
+    try:
+        await take(found)
+    except Unreachable:
+        raise
+    except ApiError:
+        return  # changed or gone meanwhile: the next event has it
 
 
 @asynccontextmanager
