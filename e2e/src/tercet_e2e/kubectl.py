@@ -30,7 +30,9 @@ class Kubectl:
     def __init__(self, command: Sequence[str]) -> None:
         self._command = list(command)
 
-    async def run(self, *arguments: str, stdin: str = "") -> str:
+    async def run(
+        self, *arguments: str, stdin: str = "", timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> str:
         """Run it and return what it prints. Raises KubectlError."""
         process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -40,13 +42,11 @@ class Kubectl:
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            out, error = await asyncio.wait_for(
-                process.communicate(stdin.encode()), COMMAND_TIMEOUT_S
-            )
+            out, error = await asyncio.wait_for(process.communicate(stdin.encode()), timeout_s)
         except TimeoutError:
             process.kill()
             raise KubectlError(
-                f"kubectl {' '.join(arguments)}: no end after {COMMAND_TIMEOUT_S:.0f} s"
+                f"kubectl {' '.join(arguments)}: no end after {timeout_s:.0f} s"
             ) from None
         if process.returncode != 0:
             raise KubectlError(f"kubectl {' '.join(arguments)}: {error.decode().strip()}")
