@@ -10,7 +10,8 @@ import queue
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from tercet_api.generate import MANIFESTS
 from tercet_api.manifests import crds
+from tercet_api.names import GROUP
 from tercet_e2e.binaries import Binaries
 from tercet_e2e.controlplane import TOOLS, ControlPlane
 from tercet_e2e.ports import Ports
@@ -26,7 +28,8 @@ from tercet_e2e.processes import Processes
 from tercet_e2e.state import StateFolder
 
 START_TIMEOUT_S = 3600.0  # from nothing the tools are built first
-CRD_TIMEOUT_S = 30
+CRD_TIMEOUT_S = 120
+KUBECTL_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Cluster:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=KUBECTL_TIMEOUT_S,
             check=False,
         )
         assert done.returncode == 0, f"kubectl {arguments}: {done.stderr}"
@@ -94,11 +97,38 @@ def running() -> Iterator[Cluster]:
                 *("wait", "--for=condition=Established", f"--timeout={CRD_TIMEOUT_S}s"),
                 *(f"crd/{manifest['metadata']['name']}" for manifest in crds().values()),
             )
+            _wait_served(
+                started, [manifest["spec"]["names"]["plural"] for manifest in crds().values()]
+            )
             yield started
         finally:
             loop.call_soon_threadsafe(stop.set)
             thread.join()
             loop.close()
+
+
+def _wait_served(started: Cluster, plurals: list[str]) -> None:
+    """Until objects of these kinds can be asked for.
+
+    What handles requests, and discovery, learn by watches of their own that a kind is established.
+    """
+    deadline_s = time.monotonic() + CRD_TIMEOUT_S
+    while True:
+        try:
+            for plural in plurals:
+                started.kubectl_run("get", f"{plural}.{GROUP}", "--all-namespaces")
+        except AssertionError:
+            if time.monotonic() > deadline_s:
+                raise
+            continue
+        return
+
+
+@pytest.fixture
+def free_port() -> Iterator[Callable[[], int]]:
+    """Gives out ports on 127.0.0.1 that nobody else takes before they are listened on."""
+    with Ports() as ports:
+        yield ports.take
 
 
 @pytest.fixture(scope="session")

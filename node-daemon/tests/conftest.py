@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "crds" / "tests"))
 
-from crds_control_plane import cluster
+from crds_control_plane import cluster, free_port
 from node_bench import api, bench, proxied
 
-__all__ = ["api", "bench", "cluster", "proxied"]
+__all__ = ["api", "bench", "cluster", "free_port", "proxied"]

@@ -88,7 +88,9 @@ class Bench:
                 self.agent = Agent(settings, self.api, engine)
                 await self.agent.run()
 
+        self.agent = None
         self._agent_task = asyncio.create_task(run())
+        await until(lambda: value_of(self.agent), "the agent is there")
 
     async def kill_agent(self) -> None:
         if self._agent_task is not None:
@@ -218,6 +220,10 @@ class Proxy:
             writer.transport.abort()
             return
         other, onward = await asyncio.open_connection("127.0.0.1", self._to)
+        if self.cut:  # meanwhile: it was not there yet to be hung up
+            writer.transport.abort()
+            onward.transport.abort()
+            return
         self._writers |= {writer, onward}
         await asyncio.gather(self._pump(reader, onward, False), self._pump(other, writer, True))
 

@@ -59,7 +59,7 @@ async def test_node_says_what_it_is_and_renews_its_lease(bench):
         return (await leases(bench.api).get(node_lease(bench.node))).spec.renew_time == before
 
     await until(quiet, "no renewal for two periods")
-    assert bench.agent.missing() == "engine not configured"
+    await until(lambda: value_of(bench.agent.missing() == "engine not configured"), "said so")
 
 
 async def test_replica_is_made_reported_and_shown(bench):
@@ -291,13 +291,13 @@ async def test_notice_becomes_an_event_at_the_volume(bench):
     assert [(e["reason"], e["involvedObject"]["kind"]) for e in events] == [("TakeOver", "Volume")]
 
 
-async def test_http_says_what_is_missing_and_what_the_engine_counts(bench, unused_tcp_port):
+async def test_http_says_what_is_missing_and_what_the_engine_counts(bench, free_port):
     import aiohttp
 
     from tercet_node import http
 
     await until(lambda: value_of(bench.agent.missing() is None), "ready")
-    listen = f"127.0.0.1:{unused_tcp_port}"
+    listen = f"127.0.0.1:{free_port()}"
     task = asyncio.create_task(
         http.serve(listen, bench.agent.metrics.registry, bench.agent.missing)
     )

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from node_bench import Bench, until, value_of
+from node_bench import TIMEOUT_S, Bench, until, value_of
 
 from tercet_api.clients import NotFound
 from tercet_api.names import NAMESPACE
@@ -101,7 +101,7 @@ async def publish_ca(api, authority):
 
 
 @pytest.mark.local
-async def test_certificate_is_asked_for_kept_and_serves_mutual_tls(api, tmp_path, unused_tcp_port):
+async def test_certificate_is_asked_for_kept_and_serves_mutual_tls(api, tmp_path, free_port):
     import grpc
 
     from tercet_api.protos import agent_pb2, agent_pb2_grpc
@@ -111,7 +111,7 @@ async def test_certificate_is_asked_for_kept_and_serves_mutual_tls(api, tmp_path
     bench = Bench(api, tmp_path, f"n-{uuid.uuid4().hex[:8]}")
     await bench.make_node()
     await bench.start_engine()
-    address = f"127.0.0.1:{unused_tcp_port}"
+    address = f"127.0.0.1:{free_port()}"
     settings = Settings(bench.node, None, bench.socket, bench.state_dir, address, "127.0.0.1:0")
     async with Engine(bench.socket) as engine:
         agent = Agent(settings, api, engine)
@@ -128,13 +128,13 @@ async def test_certificate_is_asked_for_kept_and_serves_mutual_tls(api, tmp_path
             options = [("grpc.ssl_target_name_override", bench.node)]
             async with grpc.aio.secure_channel(address, trusted, options) as channel:
                 stub = agent_pb2_grpc.AgentStub(channel)
-                sums = await stub.ChunkSums(request, timeout=5)
+                sums = await stub.ChunkSums(request, timeout=TIMEOUT_S, wait_for_ready=True)
                 assert (sums.node, [s.index for s in sums.sums]) == (bench.node, [0])
-                status = await stub.NodeStatus(agent_pb2.NodeStatusRequest(), timeout=5)
+                status = await stub.NodeStatus(agent_pb2.NodeStatusRequest(), timeout=TIMEOUT_S)
                 assert [r.name for r in status.replicas] == [volume.name]
                 missing = agent_pb2.ChunkSumsRequest(volume=str(uuid.uuid4()))
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    await stub.ChunkSums(missing, timeout=5)
+                    await stub.ChunkSums(missing, timeout=TIMEOUT_S)
                 assert refused.value.code() is grpc.StatusCode.NOT_FOUND
             # Nobody is heard without a certificate of this CA.
             for stranger in (
@@ -143,7 +143,9 @@ async def test_certificate_is_asked_for_kept_and_serves_mutual_tls(api, tmp_path
             ):
                 async with grpc.aio.secure_channel(address, stranger, options) as channel:
                     with pytest.raises(grpc.aio.AioRpcError) as refused:
-                        await agent_pb2_grpc.AgentStub(channel).ChunkSums(request, timeout=3)
+                        await agent_pb2_grpc.AgentStub(channel).ChunkSums(
+                            request, timeout=TIMEOUT_S
+                        )
                     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         finally:
             task.cancel()
