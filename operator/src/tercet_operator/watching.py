@@ -38,7 +38,7 @@ from tercet_api.names import (
 from tercet_api.objects import Object, Snapshot, StorageNode, Volume
 from tercet_operator.authority import undecided
 from tercet_operator.executor import NODE, SNAPSHOT, VOLUME, Key, Kind, key_of
-from tercet_operator.world import Moment, World, newer, nodes_of
+from tercet_operator.world import Moment, World, newer, nodes_of, same
 
 SERVER_TIMEOUT_S = 60
 """The server ends a watch after this time, and kopf goes on from there: a dead one is not kept."""
@@ -112,7 +112,7 @@ class Watching:
         if kind == "DELETED":
             if before is not None and before.uid == seen.uid:
                 del known[seen.name]
-        elif newer(before, seen):
+        elif newer(before, seen) and not same(before, seen):
             known[seen.name] = seen
         self.concern(seen, before)
 

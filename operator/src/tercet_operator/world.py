@@ -85,3 +85,14 @@ def newer(there: Object | None, seen: Object) -> bool:
         return int(seen.metadata.resource_version) >= int(there.metadata.resource_version)
     except ValueError:
         return True
+
+
+def same(there: Object | None, seen: Object) -> bool:
+    """Whether `seen` is the version that is known: what is assumed of it stays.
+
+    The event of a version that an answer has brought before comes while its placement is being
+    written; the room that this promises must not look free meanwhile.
+    """
+    if there is None or there.uid != seen.uid:
+        return False
+    return there.metadata.resource_version == seen.metadata.resource_version

@@ -1,0 +1,27 @@
+"""What events do to the world that the operator has already changed by itself."""
+
+from __future__ import annotations
+
+from operator_world import entry, new, nodes, volume, world
+
+from tercet_api.objects import ReplicaPhase, Volume
+from tercet_operator.watching import Watching
+
+
+def test_a_late_event_takes_no_promised_room_back() -> None:
+    """It tells of the version on which a placement was decided that is just being written."""
+    placed = [entry("n1", ReplicaPhase.PLACED)]
+    decided_on = new("v")
+    assumed = volume("v", status={"replicas": placed})
+    there = world(*nodes(), assumed)
+    watching = Watching(there, lambda _key, _after_s: None, lambda _item: None)
+    watching.take(Volume, "MODIFIED", decided_on.manifest() | {"metadata": _metadata(decided_on)})
+    assert there.volumes["v"].status.replicas == placed
+    written = decided_on.model_copy(deep=True)
+    written.metadata.resource_version = "8"
+    watching.take(Volume, "MODIFIED", written.manifest() | {"metadata": _metadata(written)})
+    assert there.volumes["v"].status.replicas == [], "a newer version is the truth"
+
+
+def _metadata(of: Volume) -> dict[str, object]:
+    return of.metadata.to_json()
