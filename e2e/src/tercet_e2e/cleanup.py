@@ -34,6 +34,7 @@ KILL_ROUNDS_MAX = 100
 KILL_ROUND_S = 0.05
 UNMOUNT_ROUNDS_MAX = 5
 AT_END_TIMEOUT_S = 120.0
+VERIFY_TIMEOUT_S = 60.0  # a killed process ends when its last I/O does, which a busy disk delays
 FIRST_ROLES = frozenset({"kubelet", "container"})
 CGROUP = "cgroup"  # file of the folder: the cgroup whose processes belong to it, if any
 AT_END = "at-end.json"  # file of the folder: commands that run when all processes have ended
@@ -246,8 +247,18 @@ def _run_at_end(state: StateFolder) -> None:
 
 
 def _verify(state: StateFolder, cluster: ClusterId, spared: frozenset[int]) -> None:
+    deadline_s = time.monotonic() + VERIFY_TIMEOUT_S
+    while left := _left(state, cluster, spared):
+        if time.monotonic() > deadline_s:
+            raise CleanupError(f"still there after cleaning {state.root}: {', '.join(left)}")
+        for pid in _living(state, cluster).keys() - spared:
+            _kill_one(pid)
+        _unmount_by_force(state.root)
+        time.sleep(KILL_ROUND_S)
+
+
+def _left(state: StateFolder, cluster: ClusterId, spared: frozenset[int]) -> list[str]:
     left = [f"process {pid}" for pid in _living(state, cluster) if pid not in spared]
     left += [f"mount {mount.path}" for mount in mounts_below(state.root)]
     left += [f"loop device {loop}" for loop in loops_below(state.root)]
-    if left:
-        raise CleanupError(f"still there after cleaning {state.root}: {', '.join(left)}")
+    return left

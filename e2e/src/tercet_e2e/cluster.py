@@ -33,7 +33,7 @@ SIDECARS = (
     "csi-snapshotter",
     "snapshot-controller",
 )
-NODE_TIMEOUT_S = 60.0
+NODE_TIMEOUT_S = 240.0
 NODE_PAUSE_S = 0.05
 KUBELET_PORT = 10250
 

@@ -11,6 +11,7 @@ Leaves to others: nodes (kubelet), sidecars and Tercet itself (local).
 from __future__ import annotations
 
 import asyncio
+import http.client
 import ssl
 import time
 import urllib.error
@@ -32,7 +33,7 @@ LOCALHOST = "127.0.0.1"
 SERVICE_RANGE = "10.96.0.0/16"
 SERVICE_FIRST = "10.96.0.1"
 ISSUER = "https://kubernetes.default.svc.cluster.local"
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 240.0
 READY_PAUSE_S = 0.05
 PROBE_TIMEOUT_S = 2.0
 
@@ -336,8 +337,8 @@ class ControlPlane:
                 return "ok"
         except urllib.error.HTTPError as error:
             return f"{error.code}: {error.read(200).decode(errors='replace')}"
-        except OSError as error:
-            return str(error)
+        except (OSError, http.client.HTTPException) as error:
+            return repr(error)
 
     async def _wait_default_account(self) -> None:
         # Without it the API server refuses pods in the namespace "default".

@@ -33,7 +33,7 @@ from tercet_e2e.state import StateFolder, write_atomically
 
 NODES = 3
 DEVICE_BYTES = 4 << 30
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 300.0
 READY_PAUSE_S = 0.1
 AGENT_PORT, AGENT_HTTP, CSI_NODE_HTTP, ATTACH_HTTP = 4423, 9808, 9809, 9810
 STATUS_FILE = "status.json"

@@ -25,7 +25,7 @@ from tercet_e2e.state import write_atomically
 Json = dict[str, Any]
 
 TOKEN_LIFETIME_S = 7 * 24 * 3600
-ESTABLISH_TIMEOUT_S = 30.0
+ESTABLISH_TIMEOUT_S = 120.0
 ESTABLISH_PAUSE_S = 0.05
 SNAPSHOT_MODULE = "github.com/kubernetes-csi/external-snapshotter/client/v8"
 SNAPSHOT_VERSION = "v8.6.0"
@@ -106,11 +106,22 @@ class Applier:
     async def _established(self, path: str) -> None:
         deadline_s = time.monotonic() + ESTABLISH_TIMEOUT_S
         while time.monotonic() < deadline_s:
-            conditions = (await self.kube.get(path)).get("status", {}).get("conditions") or []
+            found = await self.kube.get(path)
+            conditions = found.get("status", {}).get("conditions") or []
             if any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
-                return
+                # The handler of requests learns of it by a watch of its own, a moment later.
+                with contextlib.suppress(NotFound):
+                    await self.kube.list(_collection(found), limit="1")
+                    return
             await asyncio.sleep(ESTABLISH_PAUSE_S)
         raise KubeError(f"{path} is not established after {ESTABLISH_TIMEOUT_S:.0f} s")
+
+
+def _collection(definition: Json) -> str:
+    """Where the objects of a definition are, of all namespaces."""
+    spec = definition["spec"]
+    version = next(v["name"] for v in spec["versions"] if v["served"])
+    return group(f"{spec['group']}/{version}", spec["names"]["plural"])
 
 
 def bindings(manifests: Iterable[Json], prefix: str = "tercet:") -> list[Json]:
