@@ -87,7 +87,7 @@ async def kill_one(cluster: LocalCluster, kubectl: Kubectl, volume: str, whose: 
         cluster.kill("agent", primary)
         return 0
     node = primary if whose == "primary" else others[config["epoch"] % len(others)]
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 60
     while cluster.pid("engine", node) is None:
         assert time.monotonic() < deadline_s, f"the engine of {node} does not come back"
         await asyncio.sleep(0.05)
