@@ -109,7 +109,7 @@ async def first(
 ) -> list[Event[Volume]]:
     """The events of a watch until there are enough."""
     found: list[Event[Volume]] = []
-    async with asyncio.timeout(10), aclosing(volumes(api).watch(name)) as events:
+    async with asyncio.timeout(60), aclosing(volumes(api).watch(name)) as events:
         async for event in events:
             found.append(event)
             if enough(found):
