@@ -16,7 +16,7 @@ CARGO := cargo --color=never
 MANIFEST := --manifest-path node-daemon/Cargo.toml
 PACKAGES := crds operator csi node-daemon cli e2e
 
-.PHONY: help demo test lint fmt generate lock bench report clean install
+.PHONY: help demo test lint fmt generate lock bench report wheels images clean install
 
 help:  ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -45,6 +45,18 @@ bench: install  ## write build/bench.json: volumes beside the disk's own floor (
 report: install  ## print build/bench.json and build/evidence.json as tables
 	$(BIN)/python -m tercet_e2e report
 
+wheels: $(VENV)/.packages  ## build/wheels: our distributions and what they need, for the images
+	rm -rf build/wheels && mkdir -p build/wheels
+	$(BIN)/pip download -q --disable-pip-version-check --require-hashes --only-binary :all: \
+	  -d build/wheels -r requirements/images.lock
+	for each in crds operator csi node-daemon node-daemon/crates/engine; do \
+	  $(BIN)/uv build -q --wheel --no-build-isolation --python $(BIN)/python -o build/wheels $$each; \
+	done
+	rm -f build/wheels/.gitignore
+
+images: install wheels  ## images tercet-operator, tercet-csi, tercet-node, without a registry (root)
+	$(BIN)/python -m tercet_e2e images
+
 lock:  ## resolve requirements/*.lock again
 	$(PYTHON) -m venv build/lock && build/lock/bin/pip -q install uv
 	build/lock/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-annotate \
@@ -53,6 +65,10 @@ lock:  ## resolve requirements/*.lock again
 	  --no-emit-index-url --no-annotate --all-extras \
 	  $(foreach p,api operator csi node cli e2e,--no-emit-package tercet-$(p)) \
 	  -o requirements/all.lock $(foreach p,$(PACKAGES),$(p)/pyproject.toml) requirements/development.in
+	build/lock/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-annotate --extra controller --extra client -c requirements/all.lock \
+	  $(foreach p,api operator csi node,--no-emit-package tercet-$(p)) \
+	  -o requirements/images.lock $(foreach p,operator csi node-daemon crds,$(p)/pyproject.toml)
 	cargo update --workspace $(MANIFEST)
 
 clean:  ## remove what was built in this checkout (caches outside the tree stay)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 
-from tercet_e2e.binaries import Binaries
-from tercet_e2e.chart import conform, documents, kubernetes_openapi, violations
+from tercet_e2e.binaries import TOOLS, Binaries
+from tercet_e2e.chart import conform, documents, kubernetes_openapi, pods, rendered, violations
+from tercet_e2e.images import base_packages, own_names, sidecar_names
 from tercet_e2e.openapi import custom_schemas, schemas, strict
 
+ROOT = Path(__file__).parents[2]
 LABELS = {"app.kubernetes.io/instance": "t", "app.kubernetes.io/component": "operator"}
 CONTAINER = {
     "name": "operator",
@@ -121,3 +124,26 @@ def test_kubeconform_refuses_what_an_api_server_would():
         _, pod = changed(path, value)
         lines = conform(kubeconform, [pod], known)
         assert any(said in line for line in lines), (path, lines)
+
+
+@pytest.mark.local
+def test_every_image_of_the_chart_can_be_made_here():
+    own, sidecars = own_names(ROOT), sidecar_names(ROOT)
+    made = {*own.values(), *sidecars.values()}
+    values = ROOT / "charts/tercet/ci/default-values.yaml"
+    helm = Binaries.default().ensure(["helm"])["helm"]
+    items = documents(rendered(helm, ROOT / "charts/tercet", values, snapshots=True))
+    named = {
+        container["image"]
+        for item in items
+        for pod, _ in pods(item)
+        for container in [*pod.get("initContainers", ()), *pod["containers"]]
+    }
+    assert named
+    assert named <= made
+    assert set(sidecars) <= set(TOOLS)
+
+
+def test_a_base_has_the_packages_of_all_images():
+    listing = (ROOT / "images/packages").read_text()
+    assert {"python3", "python3-venv", "e2fsprogs", "xfsprogs"} <= set(base_packages(listing))

@@ -11,6 +11,7 @@ import typer
 
 from tercet_e2e import chart as charts
 from tercet_e2e import commands, report, tiers
+from tercet_e2e import images as container_images
 from tercet_e2e.bench import run as benchmark
 from tercet_e2e.docker import commands as docker
 from tercet_e2e.errors import E2eError
@@ -41,6 +42,12 @@ def tidy() -> None:
 def chart() -> None:
     """Check the Helm chart: lint, schemas, its suites, rules about privileges."""
     raise typer.Exit(charts.check(Path.cwd()))
+
+
+@app.command()
+def images() -> None:
+    """Make the images that the chart names, without a registry; prints their names."""
+    asyncio.run(container_images.make(Path.cwd()))
 
 
 @app.command()

@@ -70,12 +70,13 @@ def violations(items: Sequence[Json]) -> list[str]:
         labelled = "app.kubernetes.io/instance" in item["metadata"].get("labels", {})
         if not labelled and item["kind"] != "CustomResourceDefinition":
             found.append(f"{where}: it does not carry the chart's labels")
-        for pod, labels in _pods(item):
+        for pod, labels in pods(item):
             found += [f"{where}: {line}" for line in _pod(pod, labels, accounts)]
     return found
 
 
-def _pods(item: Json) -> Iterator[tuple[Json, Mapping[str, str]]]:
+def pods(item: Json) -> Iterator[tuple[Json, Mapping[str, str]]]:
+    """The pods that an object is or makes, each with its labels."""
     if item["kind"] == "Pod":
         yield item["spec"], item["metadata"]["labels"]
     elif item["kind"] in {"Deployment", "DaemonSet", "Job"}:

@@ -1,0 +1,173 @@
+"""`python -m tercet_e2e images`: every image that the chart names, made without a registry.
+
+Ours come out of the Dockerfile, on a base of Debian's packages and with build/wheels (`make
+wheels`), so that the build fetches nothing: it runs without a network. The CSI sidecars are the
+programs that a local cluster runs as well, each in an image with nothing else, under the name that
+the chart's values have for it. A base is kept in the cache by the packages that are in it; the rest
+is the engine's own cache of layers.
+
+What each image's program needs to start is measured in processor time, which a busy machine changes
+least, and has a bound: a node's pieces have to be back at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tercet_e2e.binaries import Binaries, Progress, cache_dir
+from tercet_e2e.docker import debian, engine
+from tercet_e2e.docker.engine import Engine
+from tercet_e2e.errors import BinaryError
+from tercet_e2e.kindimage import root as roots
+from tercet_e2e.kindimage.archive import Config, Tree, write_archive, write_whole
+
+Json = dict[str, Any]
+CONTROLLER = "import tercet_csi.main, tercet_csi.controller.service, tercet_api.clients"
+TARGETS: Mapping[str, Sequence[Sequence[str]]] = {
+    "operator": (("tercet-operator", "--help"), ("tercet-uninstall", "--help")),
+    "csi": (("tercet-csi", "node", "--help"), ("python3", "-c", CONTROLLER)),
+    "node": (("tercet-agent", "--help"), ("tercet-engine", "--help"), ("tercet-attach", "--help")),
+}
+"""The Dockerfile's targets, and what shows that each of their programs starts."""
+BASE = "localhost/tercet/base"
+BUILD_TIMEOUT_S = 1800.0
+LOAD_TIMEOUT_S = 300.0
+START_S_MAX = 2.0
+"""Of processor time, on a machine twice as slow as one on which it is a second."""
+START_TRIES = 3
+CHART = Path("charts/tercet")
+
+
+def own_names(root: Path) -> dict[str, str]:
+    """The names of our images by target, as the chart has them by default."""
+    version = yaml.safe_load((root / CHART / "Chart.yaml").read_text())["appVersion"]
+    return {target: f"tercet-{target}:{version}" for target in TARGETS}
+
+
+def sidecar_names(root: Path) -> dict[str, str]:
+    """The names of the upstream images by program, as the chart has them by default."""
+    values: Json = yaml.safe_load((root / CHART / "values.yaml").read_text())
+    sidecars = dict(values["sidecars"])
+    registry = sidecars.pop("registry")
+    wanted = [*sidecars.values(), values["snapshotController"]]
+    return {each["image"]: f"{registry}/{each['image']}:{each['tag']}" for each in wanted}
+
+
+def base_packages(listing: str) -> list[str]:
+    """The packages of a base that lacks none for any image, out of `images/packages`."""
+    return [line.split()[1] for line in roots.packages(listing)]
+
+
+async def build(root: Path, docker: Engine, progress: Progress = print) -> list[str]:
+    """Make all images in an engine; returns their names. Raises BinaryError, ProcessError."""
+    if not any((root / "build/wheels").glob("tercet_engine-*.whl")):
+        raise BinaryError("build/wheels lacks our programs: run `make wheels` first")
+    kit = dataclasses.replace(docker, environment={**docker.environment, "DOCKER_BUILDKIT": "1"})
+    base = await _base(root, kit, progress)
+    names = own_names(root)
+    for target, name in names.items():
+        started_s = time.monotonic()
+        arguments = ["build", "-q", "--network", "none", "--target", target, "--tag", name]
+        arguments += ["--build-arg", f"BASE={base}", "--build-arg", "WHEELS=given", str(root)]
+        await kit.run(*arguments, timeout_s=BUILD_TIMEOUT_S)
+        size = int(await kit.run("image", "inspect", "-f", "{{.Size}}", name))
+        starts = [await start_seconds(kit, name, command) for command in TARGETS[target]]
+        progress(
+            f"image {name}: {size / 1e6:.0f} MB, built in {time.monotonic() - started_s:.0f} s, "
+            f"starts in {max(starts):.2f} s of processor time"
+        )
+        if max(starts) >= START_S_MAX:
+            raise BinaryError(f"{name}: {max(starts):.2f} s to start, {START_S_MAX} s at most")
+    return [*names.values(), *await _sidecars(root, kit, progress)]
+
+
+MEASURE = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+if done.returncode and "usage:" not in done.stderr:
+    sys.exit(done.stderr)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime)
+"""
+
+
+async def start_seconds(docker: Engine, name: str, command: Sequence[str]) -> float:
+    """Processor time that a program of an image takes to say how it is used, at best of a few.
+
+    Measured inside the container: what the engine needs to make one is not the image's doing.
+    Raises ProcessError when it does not start.
+    """
+    arguments = ["run", "--rm", "--network", "none", "--read-only", "--user", "65532:65532"]
+    arguments += ["--entrypoint", "python3", name, "-c", MEASURE, *command]
+    return min([float(await docker.run(*arguments)) for _ in range(START_TRIES)])
+
+
+async def _base(root: Path, docker: Engine, progress: Progress) -> str:
+    """The base image; made when the engine does not have it."""
+    packages = base_packages((root / "images/packages").read_text())
+    not_needed = roots.packages((root / "images/not-needed").read_text())
+    words = [roots.suite(), *sorted(packages), *not_needed]
+    name = f"{BASE}:{hashlib.sha256(' '.join(words).encode()).hexdigest()[:12]}"
+    if await docker.run("images", "-q", name):
+        return name
+    archive = await asyncio.to_thread(_base_archive, packages, not_needed, name, progress)
+    await docker.run("import", str(archive), name, timeout_s=LOAD_TIMEOUT_S)
+    return name
+
+
+def _base_archive(
+    packages: Sequence[str], not_needed: Sequence[str], name: str, progress: Progress
+) -> Path:
+    """The base's file system in the cache."""
+    folder = cache_dir() / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"base-{name.rpartition(':')[2]}.tar"
+    if target.exists():
+        return target
+    progress("Debian's packages for the images")
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=folder) as made:
+        work = Path(made)
+        system = work / "root"
+        system.mkdir()
+        roots.bootstrap(packages, work / "debian.tar", progress)
+        debian.run(["tar", "-C", system, "--numeric-owner", "-xpf", work / "debian.tar"])
+        roots.trim(system)
+        for pattern in not_needed:
+            for path in system.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_whole(system, work / "base.tar")
+        for old in folder.glob("base-*.tar"):
+            old.unlink()
+        (work / "base.tar").rename(target)
+    return target
+
+
+async def _sidecars(root: Path, docker: Engine, progress: Progress) -> list[str]:
+    names = sidecar_names(root)
+    tools = await asyncio.to_thread(Binaries.default(progress).ensure, names)
+    with tempfile.TemporaryDirectory(prefix="tercet-images-") as name:
+        for program, image in names.items():
+            layer, archive = Path(name, "layer"), Path(name, "image")
+            Tree(files={f"/{program}": tools[program]}, folders={"/tmp"}).write(layer)
+            config = Config(entrypoint=(f"/{program}",), user="65532:65532")
+            await asyncio.to_thread(write_archive, archive, image, layer, config)
+            await docker.run("load", "-q", "-i", str(archive), timeout_s=LOAD_TIMEOUT_S)
+    progress(f"images of {len(names)} CSI programs")
+    return list(names.values())
+
+
+async def make(root: Path) -> None:
+    """The command: with the engine that answers, or one of our own for just that long."""
+    async with engine.engine() as docker:
+        for name in await build(root, docker):
+            print(name)
