@@ -41,6 +41,7 @@ NODE = "node-3"
 BLOCK_BYTES = 4096
 SUPERBLOCKS = (0, 16)  # docs/disk-format.md
 COMMITS = 25
+SMALL = b"\x42" * MIB
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -111,11 +112,14 @@ async def test_a_corrupt_superblock_is_told_and_left_as_it_is(
         whole = superblocks(device)
         damaged = [bytes(byte ^ 0x5A for byte in block) for block in whole]
         put_superblocks(device, damaged)
-    await told(cluster, kubectl, "no valid superblock", "wipe its first MiB", "engine starts")
-    await commits(database, COMMITS)
-    async with halted(cluster, NODE) as device:
-        assert superblocks(device) == damaged, "a device that is refused is not written to"
-        put_superblocks(device, whole)
+    try:
+        await told(cluster, kubectl, "no valid superblock", "wipe its first MiB", "engine starts")
+        await commits(database, COMMITS)
+    finally:
+        async with halted(cluster, NODE) as device:
+            left = superblocks(device)
+            put_superblocks(device, whole)
+    assert left == damaged, "a device that is refused is not written to"
     await node_ready(kubectl, NODE)
 
 
@@ -125,11 +129,14 @@ async def test_a_device_that_is_too_small_is_told_and_tried_again(
     async with halted(cluster, NODE) as device:
         right = device.with_name("right")
         device.rename(right)
-        device.write_bytes(b"\x42" * MIB)
-    await told(cluster, kubectl, str(device), f"has {MIB} bytes", "enlarge it")
-    await commits(database, COMMITS)
-    assert device.read_bytes() == b"\x42" * MIB, "a device that is refused is not written to"
-    right.replace(device)
+        device.write_bytes(SMALL)
+    try:
+        await told(cluster, kubectl, str(device), f"has {len(SMALL)} bytes", "enlarge it")
+        await commits(database, COMMITS)
+    finally:
+        left = device.read_bytes()
+        right.replace(device)
+    assert left == SMALL, "a device that is refused is not written to"
     await node_ready(kubectl, NODE)
 
 
@@ -154,16 +161,15 @@ async def another_engine(cluster: LocalCluster):
 async def test_a_device_that_another_engine_has_is_told_and_waited_for(
     cluster: LocalCluster, kubectl: Kubectl, database: Path
 ):
-    async with halted(cluster, NODE) as device:
-        stack = AsyncExitStack()
-        other = await stack.enter_async_context(another_engine(cluster))
+    async with AsyncExitStack() as stack:
+        async with halted(cluster, NODE) as device:
+            other = await stack.enter_async_context(another_engine(cluster))
 
-        async def has_it() -> bool:
-            assert other.poll() is None, "the other engine has ended"
-            return not lock_is_free(device)
+            async def has_it() -> bool:
+                assert other.poll() is None, "the other engine has ended"
+                return not lock_is_free(device)
 
-        await eventually("the other engine has the device", has_it)
-    async with stack:
+            await eventually("the other engine has the device", has_it)
         await told(cluster, kubectl, str(device), "locked by another process", "fuser -v")
         await commits(database, COMMITS)
     await node_ready(kubectl, NODE)
