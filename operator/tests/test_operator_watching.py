@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from kopf._core.reactor import running
 from operator_world import entry, new, nodes, volume, world
 
 from tercet_api.objects import ReplicaPhase, Volume
-from tercet_operator.watching import Watching
+from tercet_operator.watching import Watching, run_kopf
 
 
 def test_a_late_event_takes_no_promised_room_back() -> None:
@@ -25,3 +26,20 @@ def test_a_late_event_takes_no_promised_room_back() -> None:
 
 def _metadata(of: Volume) -> dict[str, object]:
     return of.metadata.to_json()
+
+
+async def test_a_user_without_a_name_may_watch(monkeypatch):
+    """A pod's user has no entry in passwd: kopf must not ask for its name."""
+
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 65532")
+
+    async def start_only(**how):
+        for task in await running.spawn_tasks(**how):
+            task.cancel()
+
+    monkeypatch.delenv("POD_ID", raising=False)
+    monkeypatch.setattr("getpass.getuser", nameless)
+    monkeypatch.setattr("kopf.operator", start_only)
+    watching = Watching(world(), lambda _key, _after_s: None, lambda _item: None)
+    await run_kopf(watching, None)

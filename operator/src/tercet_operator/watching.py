@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -254,9 +255,12 @@ async def run_kopf(watching: Watching, kubeconfig: Path | None) -> None:
         kopf.on.login(registry=registry, id="kubeconfig")(kopf.login_with_kubeconfig)
     else:
         kopf.on.login(registry=registry, id="pod")(kopf.login_with_service_account)
+    # Kopf's own name for itself has the user's in it, and the user of a pod has none.
+    identity: Any = socket.gethostname()
     await kopf.operator(
         registry=registry,
         settings=settings(),
+        identity=identity,
         standalone=True,
         namespaces=[NAMESPACE],
     )
