@@ -115,7 +115,8 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                 replica=str(uuid.uuid4()),
                 size_bytes=request.size_bytes,
             )
-        return pb.CreateReplicaResponse(replica=self.disk.replicas[request.volume].replica)
+        held = self.disk.replicas[request.volume]
+        return pb.CreateReplicaResponse(replica=held.replica, incomplete=held.incomplete)
 
     async def DeleteReplica(self, request, context):
         held = self.disk.replicas.get(request.volume)

@@ -107,9 +107,15 @@ def serving(epoch: int = 1, links: dict[str, bool] | None = None, **more) -> Ser
     return Serving("a", INSTANCE, status, links if links is not None else {"b": True, "c": True})
 
 
-def member(node: str, *, in_sync: bool, lag_bytes: int = 0) -> pb.MemberStatus:
+def member(
+    node: str, *, in_sync: bool, lag_bytes: int = 0, incomplete: bool = False
+) -> pb.MemberStatus:
     return pb.MemberStatus(
-        node=node, replica=replica_id(node), in_sync=in_sync, lag_bytes=lag_bytes
+        node=node,
+        replica=replica_id(node),
+        in_sync=in_sync,
+        lag_bytes=lag_bytes,
+        incomplete=incomplete,
     )
 
 

@@ -41,6 +41,15 @@ def test_replica_behind_a_cut_link_is_unreachable():
     assert applied(found, patch)["/status/replicas/2"]["state"] == "Unreachable"
 
 
+def test_member_that_is_no_copy_is_rebuilding():
+    """S3, R1: it counts in no commit."""
+    found = volume(*entries("InSync", "InSync", "Created"), config=config())
+    incomplete = member("c", in_sync=False, incomplete=True)
+    seen = serving(members=[member("b", in_sync=True), incomplete], links={"b": True, "c": True})
+    patch = primary.status_patch(found, seen)
+    assert applied(found, patch)["/status/replicas/2"]["state"] == "Rebuilding"
+
+
 def test_nothing_to_say_when_all_is_said():
     found = volume(*entries("InSync", "InSync", "InSync"), config=config(), size_bytes=GIB)
     found.status.size_bytes = GIB

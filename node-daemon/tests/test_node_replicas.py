@@ -5,7 +5,7 @@ from __future__ import annotations
 from node_objects import GIB, VOLUME, config, entry, held, replica_id, snapshot, volume
 
 from tercet_api.objects import ReplicaPhase, Source
-from tercet_node.replicas import Create, Delete, Report, Wait, decide, patch
+from tercet_node.replicas import Create, Delete, Report, Wait, created, decide, patch
 
 
 def test_placed_replica_is_made():
@@ -37,10 +37,11 @@ def test_clone_starts_from_the_snapshot_of_its_source():
     source = Source(snapshot="s")
     found = volume(entry("a", "Placed", named=False), source=source)
     origin = "33333333-3333-4333-8333-333333333333"
-    ready = snapshot(ready_to_use=True, volume_uuid=origin)
+    ready = snapshot(ready_to_use=True, volume_uuid=origin, epoch=3, lsn=17)
     step = decide(found, "a", None, {"s": ready})
     assert isinstance(step, Create)
-    assert (step.request.source.volume, step.request.source.snapshot) == (origin, "s-uid")
+    asked = step.request.source
+    assert (asked.volume, asked.snapshot, asked.epoch, asked.lsn) == (origin, "s-uid", 3, 17)
     assert isinstance(decide(found, "a", None, {"s": snapshot()}), Wait)
     for gone in ({}, {"s": snapshot(deleting=True, ready_to_use=True, volume_uuid=origin)}):
         step = decide(found, "a", None, gone)
@@ -52,6 +53,22 @@ def test_clone_starts_from_the_snapshot_of_its_source():
     step = decide(found, "a", None, {"clone-u7": ready})
     assert isinstance(step, Create)
     assert step.request.source.snapshot == "s-uid"
+
+
+def test_clone_that_awaits_its_snapshot_is_rebuilding_until_it_has_it():
+    """S3: no copy before the snapshot is applied here; with a config the primary says how it is."""
+    made = created(entry("a", "Placed", named=False), replica_id("a"), incomplete=True)
+    assert (made.state, made.replica) == (ReplicaPhase.REBUILDING, replica_id("a"))
+    waiting = held("a")
+    waiting.incomplete = True
+    assert decide(volume(made), "a", waiting, {}) is None
+    assert decide(volume(made), "a", None, {}) is None, "its engine has said nothing yet"
+    assert decide(volume(made, config=config("a")), "a", held("a"), {}) is None
+    stranger = held("a", replica="99999999-9999-4999-8999-999999999999")
+    assert decide(volume(made), "a", stranger, {}) is None
+    step = decide(volume(made), "a", held("a"), {})
+    assert isinstance(step, Report)
+    assert (step.entry.state, step.entry.message) == (ReplicaPhase.CREATED, "")
 
 
 def test_deletion_goes_by_the_id_that_the_object_names():

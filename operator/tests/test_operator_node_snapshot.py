@@ -141,6 +141,10 @@ def test_snapshot_is_kept_for_a_clone_that_is_being_made() -> None:
     done = serving("c", "n1", source=Source(snapshot="s"))
     actions = snapshots.decide(going, world(parent, going, done), NOW)
     assert written(actions) == {"phase": "Deleting"}
+    # It is served, and a replica still awaits the snapshot on its node (S3).
+    done.status.replicas = [entry("n1", ReplicaPhase.REBUILDING)]
+    actions = snapshots.decide(going, world(parent, going, done), NOW)
+    assert reason(actions, "Deleting") == "Cloning"
 
 
 # ------------------------------------------------------------------ conditions, world

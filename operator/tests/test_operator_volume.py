@@ -256,6 +256,10 @@ def test_clone_of_a_snapshot_goes_to_its_holders() -> None:
     assert not [a for a in decide(wanted, there, NOW) if isinstance(a, SwapFirst)]
     wanted.status.replicas = [entry("n2"), entry("n3", behind), entry("n4")]
     assert [a for a in decide(wanted, there, NOW) if isinstance(a, SwapFirst)]
+    # Who is no copy yet never leads, wherever the volume is wanted.
+    wanted.spec.placement = Placement(preferred_node="n3")
+    swap = only(SwapFirst, decide(wanted, there, NOW))
+    assert swap.config.primary.node == "n2"
 
 
 def test_bad_sources() -> None:

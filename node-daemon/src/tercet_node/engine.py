@@ -89,13 +89,13 @@ class Engine:
         request = pb.ObserveVolumeRequest(volume=volume, name=name, view=view)
         await _ask("ObserveVolume", self._calls.ObserveVolume, request)
 
-    async def create_replica(self, request: pb.CreateReplicaRequest) -> str:
-        """Make a replica, or find the one that is there; returns its id. Raises EngineError."""
+    async def create_replica(self, request: pb.CreateReplicaRequest) -> pb.CreateReplicaResponse:
+        """Make a replica, or find the one that is there. Raises EngineError."""
         call = self._calls.CreateReplica
         answer: pb.CreateReplicaResponse = await _ask(
             "CreateReplica", call, request, COMMIT_TIMEOUT_S
         )
-        return answer.replica
+        return answer
 
     async def delete_replica(self, volume: str, replica: str) -> None:
         """Delete the replica with this id; well when it is not there. Raises EngineError."""

@@ -105,6 +105,8 @@ def _entry(config: Config, entry: VolumeReplica, serving: Serving) -> VolumeRepl
     lag_bytes = found.lag_bytes if found is not None else entry.lag_bytes
     if found is not None and found.in_sync:
         state, lag_bytes = ReplicaPhase.IN_SYNC, 0
+    elif found is not None and found.incomplete and serving.links.get(entry.node, False):
+        state = ReplicaPhase.REBUILDING
     elif serving.links.get(entry.node, False):
         state = ReplicaPhase.LAGGING
     else:

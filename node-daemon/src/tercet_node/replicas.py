@@ -1,9 +1,10 @@
 """What this node owes a Volume object about its replica here: make, report, delete (pure).
 
 The life of a replica, as architecture.md has it: the operator places (state Placed), the agent has
-the engine make it and reports the id (Created), or says why it cannot (Failed). Deletion needs the
-object's own deletionTimestamp and the operator's word that nothing depends on the volume any more
-(phase Deleting); it goes by replica ids that the object names, never by UUID or name.
+the engine make it and reports the id (Created, or Rebuilding while a clone's snapshot is not
+applied here yet, S3), or says why it cannot (Failed). Deletion needs the object's own
+deletionTimestamp and the operator's word that nothing depends on the volume any more (phase
+Deleting); it goes by replica ids that the object names, never by UUID or name.
 
 `decide` returns one step; the executor reads the object consistently, takes it, writes the result
 with a `test` of what it decided upon, and looks again. Between any two of these the agent may die:
@@ -22,6 +23,7 @@ from tercet_node.protos import engine_pb2 as pb
 from tercet_node.views import config_members
 
 MESSAGE_CHARS_MAX = 1024
+AWAITS = "its snapshot is not applied on this node yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,18 @@ def decide(
         return _deletion(volume, node, held)
     if volume.deleting:
         return Wait("its deletion is asked for, and the operator has not allowed it yet")
+    return _making(volume, node, held, snapshots)
+
+
+def _making(
+    volume: Volume, node: str, held: pb.ReplicaStatus | None, snapshots: Mapping[str, Snapshot]
+) -> Step | None:
     for index, entry in enumerate(volume.status.replicas):
-        if entry.node != node or entry.state is not ReplicaPhase.PLACED or entry.replica:
+        if entry.node != node:
+            continue
+        if _is_filled(volume, entry, held):
+            return Report(index, created(entry, entry.replica or ""))
+        if entry.state is not ReplicaPhase.PLACED or entry.replica:
             continue
         # T9: replicas are made at creation only. A volume that has a config has its replicas; one
         # of them that is missing here comes back as a learner (M1) and never as an empty member.
@@ -78,6 +90,17 @@ def decide(
             return Wait("status.config is there already: a new replica would be a learner (M1)")
         return _creation(volume, index, snapshots)
     return None
+
+
+def _is_filled(volume: Volume, entry: VolumeReplica, held: pb.ReplicaStatus | None) -> bool:
+    """S3: a clone's replica has its snapshot now. With a config the primary's agent says so."""
+    return (
+        entry.state is ReplicaPhase.REBUILDING
+        and volume.status.config is None
+        and held is not None
+        and held.replica == entry.replica
+        and not held.incomplete
+    )
 
 
 def origin(volume: Volume) -> str | None:
@@ -99,9 +122,13 @@ def _creation(volume: Volume, index: int, snapshots: Mapping[str, Snapshot]) -> 
     snapshot = snapshots.get(name)
     if snapshot is None or snapshot.deleting:
         return failure(volume, index, f"spec.source: there is no Snapshot {name}")
-    if not snapshot.status.ready_to_use or snapshot.status.volume_uuid is None:
+    status = snapshot.status
+    if not status.ready_to_use or None in {status.volume_uuid, status.epoch, status.lsn}:
         return Wait(f"Snapshot {name} is not ready yet")
-    clone = pb.CloneSource(volume=snapshot.status.volume_uuid, snapshot=snapshot.uid)
+    # The place tells the engine whether the snapshot is still to come there (S3).
+    clone = pb.CloneSource(
+        volume=status.volume_uuid, snapshot=snapshot.uid, epoch=status.epoch, lsn=status.lsn
+    )
     request.source.CopyFrom(clone)
     return Create(index, request)
 
@@ -120,7 +147,7 @@ def _deletion(volume: Volume, node: str, held: pb.ReplicaStatus | None) -> Step 
         # Crash window: the replica may have been made and not reported. Name it first, so that
         # its deletion goes by an id that the object names.
         if held is not None and entry.state is ReplicaPhase.PLACED:
-            return Report(index, created(entry, held.replica))
+            return Report(index, created(entry, held.replica, incomplete=held.incomplete))
         return Report(index, _as_deleted(entry))
     for member in config_members(volume.status.config):
         if member.node == node and member.replica not in named:
@@ -131,12 +158,12 @@ def _deletion(volume: Volume, node: str, held: pb.ReplicaStatus | None) -> Step 
     return None
 
 
-def created(entry: VolumeReplica, replica: str) -> VolumeReplica:
-    """The entry of a replica that was made."""
+def created(entry: VolumeReplica, replica: str, *, incomplete: bool = False) -> VolumeReplica:
+    """The entry of a replica that was made; incomplete: it is no copy yet (S3)."""
     assert is_uuid(replica), f"the engine named its replica {replica!r}"
-    return entry.model_copy(
-        update={"replica": replica, "state": ReplicaPhase.CREATED, "message": ""}
-    )
+    state = ReplicaPhase.REBUILDING if incomplete else ReplicaPhase.CREATED
+    message = AWAITS if incomplete else ""
+    return entry.model_copy(update={"replica": replica, "state": state, "message": message})
 
 
 def failure(volume: Volume, index: int, message: str) -> Report:

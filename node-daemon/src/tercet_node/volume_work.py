@@ -260,14 +260,18 @@ class VolumeWork:
 
     async def _create(self, volume: Volume, index: int, request: pb.CreateReplicaRequest) -> None:
         try:
-            replica = await self._engine.create_replica(request)
+            made = await self._engine.create_replica(request)
         except (NoSpace, NotHere, Rejected) as error:
             log.warning("replica cannot be made", volume=volume.name, error=str(error))
             step = replicas.failure(volume, index, str(error))
             await self._volumes.patch_status(volume.name, replicas.patch(volume, index, step.entry))
             return
-        log.info("replica made", volume=volume.name, replica=replica)
+        log.info(
+            "replica made", volume=volume.name, replica=made.replica, incomplete=made.incomplete
+        )
         # Crash window: made and not reported. Asked again, the engine names the same replica.
-        entry = replicas.created(volume.status.replicas[index], replica)
+        entry = replicas.created(
+            volume.status.replicas[index], made.replica, incomplete=made.incomplete
+        )
         await self._volumes.patch_status(volume.name, replicas.patch(volume, index, entry))
         await self._refresh()

@@ -52,9 +52,9 @@ RETRY_S = 30.0
 """When no node is left, those that failed are asked again after this time."""
 CREATING = ("Creating", "its replicas are being made")
 """Said once, until it is served for the first time: a new volume shall not wait for words."""
+_WHOLE = {ReplicaPhase.CREATED, ReplicaPhase.IN_SYNC}
 _MADE = {
-    ReplicaPhase.CREATED,
-    ReplicaPhase.IN_SYNC,
+    *_WHOLE,
     ReplicaPhase.LAGGING,
     ReplicaPhase.REBUILDING,
     ReplicaPhase.UNREACHABLE,
@@ -274,7 +274,7 @@ def _late(volume: Volume, world: World, now: Moment) -> list[Action]:
 def _configure(volume: Volume, world: World, now: Moment) -> list[Action]:
     entries = [e for e in volume.status.replicas if e.state is not ReplicaPhase.FAILED]
     missing = any(e.replica is None or e.state not in _MADE for e in entries)
-    whole = [e for e in entries if e.state in {ReplicaPhase.CREATED, ReplicaPhase.IN_SYNC}]
+    whole = [e for e in entries if e.state in _WHOLE]
     if missing or len(whole) * 2 <= len(entries):  # S3: a clone's majority is complete first
         return _creating(volume, now)
     primary = _first_primary(volume, world, now)
@@ -299,8 +299,8 @@ def _first_primary(volume: Volume, world: World, now: Moment) -> Primary | None:
     """The member that leads first: where the volume is wanted, else the first one placed."""
     attached = [attachment.node_name for attachment in volume.spec.attachments]
     wanted = [volume.spec.placement.preferred_node, *attached]
-    made = [e.node for e in volume.status.replicas if e.state in _MADE]
-    for node in [*(w for w in wanted if w in made), *made]:
+    whole = [e.node for e in volume.status.replicas if e.state in _WHOLE]  # S3: else it never leads
+    for node in [*(w for w in wanted if w in whole), *whole]:
         if node is not None and world.usable(node, now):
             instance = world.nodes[node].status.instance
             assert instance is not None, "usable means that it has one"

@@ -7,7 +7,7 @@ there is no primary that could, and keeps a snapshot that a clone is being made 
 from __future__ import annotations
 
 from tercet_api.names import FINALIZER, clone_snapshot
-from tercet_api.objects import Snapshot, SnapshotPhase, Volume
+from tercet_api.objects import ReplicaPhase, Snapshot, SnapshotPhase, Volume
 from tercet_operator.actions import Action, Adopt, Notice, Release, Severity, WriteStatus
 from tercet_operator.conditions import DELETING, READY, Verdict, status_actions
 from tercet_operator.world import Moment, World
@@ -69,9 +69,16 @@ def _deletion(snapshot: Snapshot, world: World, now: Moment) -> list[Action]:
 
 
 def _starts_from(volume: Volume, snapshot: Snapshot) -> bool:
-    """Whether a volume is just being made of this snapshot."""
+    """Whether a volume is just being made of this snapshot.
+
+    It is as long as a replica awaits the snapshot on its node (S3): for as long as the snapshot is
+    here its volume is not deleted, from whose log that node gets it.
+    """
     source = volume.spec.source
-    if source is None or volume.status.config is not None or volume.deleting:
+    if source is None or volume.deleting:
+        return False
+    awaited = any(e.state is ReplicaPhase.REBUILDING for e in volume.status.replicas)
+    if volume.status.config is not None and not awaited:
         return False
     if not volume.status.replicas:
         return False  # not begun: it finds its source gone, and says so

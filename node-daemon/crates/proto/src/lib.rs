@@ -17,5 +17,7 @@ pub mod time;
 pub use config::{Config, ConfigState, IllegalStep, Member, Primary};
 pub use entry::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise};
 pub use ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, SnapshotId, Token, VolumeId};
-pub use storage::{NewReplica, ReplicaState, SnapshotState, Storage, StorageError, StorageEvent};
+pub use storage::{
+    NewReplica, ReplicaState, SnapshotState, Source, Storage, StorageError, StorageEvent,
+};
 pub use time::Instant;

@@ -46,6 +46,32 @@ pub enum Incomplete {
     AcknowledgedUpTo(Place),
     /// Nobody knows: rule T5 waits for all others (rule R1).
     Unknown,
+    /// A clone's replica that was made before the source's snapshot was applied here: it has no
+    /// entry and has acknowledged nothing; complete once it shares the snapshot's chunks (rule S3).
+    Awaits(Source),
+}
+
+impl Incomplete {
+    /// The largest place that it may have acknowledged; `None`: nobody knows (rule T5).
+    pub fn acknowledged(self) -> Option<Place> {
+        match self {
+            Self::AcknowledgedUpTo(place) => Some(place),
+            Self::Awaits(_) => Some(Place::EMPTY),
+            Self::Unknown => None,
+        }
+    }
+}
+
+/// What a clone starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The volume that the snapshot is of.
+    pub volume: VolumeId,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// The place of its entry (rule S1): whoever has applied less does not have it yet, whoever
+    /// has applied more and does not have it has deleted it.
+    pub place: Place,
 }
 
 /// A snapshot that a replica has.
@@ -70,8 +96,11 @@ pub struct NewReplica {
     pub name: String,
     /// Size in blocks. At least the source's for a clone.
     pub size_blocks: u64,
-    /// The (volume, snapshot) whose chunks it shares at first (rule S3).
-    pub source: Option<(VolumeId, SnapshotId)>,
+    /// Whose chunks it shares at first (rule S3).
+    pub source: Option<Source>,
+    /// Whether it may start incomplete where the source's replica here has not applied the snapshot
+    /// yet. It becomes complete by itself once that is applied, told by `StorageEvent::Filled`.
+    pub incomplete: bool,
 }
 
 /// Why storage refuses or fails.
@@ -83,7 +112,7 @@ pub enum StorageError {
     /// A replica of that volume is here already.
     #[error("a replica of volume {0} is here already")]
     Exists(VolumeId),
-    /// No such snapshot of that volume here (yet).
+    /// No such snapshot of that volume here: deleted, or not applied yet and `incomplete` not set.
     #[error("no snapshot {1} of volume {0} is here")]
     NoSnapshot(VolumeId, SnapshotId),
     /// The device is full; nothing was changed.
@@ -127,6 +156,12 @@ pub enum StorageEvent {
         /// Whether it was done.
         result: Result<(), StorageError>,
     },
+    /// A clone that awaited its snapshot shares the snapshot's chunks now, durably: it is complete
+    /// (rule S3).
+    Filled {
+        /// The clone.
+        volume: VolumeId,
+    },
     /// `read` has the bytes.
     Read {
         /// The caller's token.
@@ -156,7 +191,8 @@ pub trait Storage {
     /// The snapshots of a volume, oldest first.
     fn snapshots(&self, volume: VolumeId) -> Vec<SnapshotState>;
 
-    /// Makes an empty replica, or a clone of a snapshot that is here. Answered by `Done`.
+    /// Makes an empty replica, or a clone of a snapshot, in one durable step; see `NewReplica`.
+    /// Answered by `Done`.
     fn create_replica(&mut self, new: NewReplica, token: Token);
 
     /// Deletes the replica with this id and leaves a tombstone (rule M2). Answered by `Done`, also

@@ -129,7 +129,7 @@ pub enum SwapOutcome {
 #[derive(Clone, Debug)]
 pub enum Control {
     /// Make a replica (rule T9). Answered by `Output::ControlDone`, also when it is there already
-    /// under this volume: then with that replica's id.
+    /// under this volume: then with that one as it is now.
     CreateReplica(NewReplica),
     /// Delete the replica with this id.
     DeleteReplica(VolumeId, ReplicaId),
@@ -155,8 +155,13 @@ pub enum Control {
 pub enum ControlDone {
     /// Done.
     Ok,
-    /// The id of the replica that is there now.
-    Replica(ReplicaId),
+    /// The replica that is there now.
+    Replica {
+        /// Its id.
+        replica: ReplicaId,
+        /// It is no complete copy yet (rule S3).
+        incomplete: bool,
+    },
     /// The committed place of the entry.
     Place(Place),
     /// Rows of `Storage::chunk_sums` as of the place.
@@ -293,6 +298,8 @@ pub enum Notice {
     MemberInSync(NodeName, bool),
     /// The object is older than this replica's promise (rule M3).
     RestoredObject(Epoch),
+    /// This replica of a clone has its snapshot's blocks now: it is complete (rule S3).
+    Filled,
 }
 
 /// What a member looks like from the primary, for `status.replicas` and metrics.
@@ -308,6 +315,8 @@ pub struct MemberStatus {
     pub lag_bytes: u64,
     /// Whether it counts as in sync.
     pub in_sync: bool,
+    /// It has said that it is no complete copy (rules R1, C2, S3).
+    pub incomplete: bool,
 }
 
 /// What a replica says of itself, for `status`, metrics and the CLI.

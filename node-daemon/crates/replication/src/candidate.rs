@@ -41,6 +41,10 @@ impl Candidate {
         self.answers.iter().map(|(id, (_, tail))| (id, tail))
     }
 
+    pub fn has_answer(&self, replica: ReplicaId) -> bool {
+        self.answers.contains_key(&replica)
+    }
+
     fn instances(&self) -> Vec<InstanceId> {
         self.answers.values().map(|(instance, _)| *instance).collect()
     }
@@ -139,10 +143,10 @@ impl Replica {
         };
         let missing = candidate.config.voters().any(|m| !answers.contains_key(&m.replica));
         let reaches = |tail: &Tail| {
-            let acknowledged = match tail.incomplete {
+            let acknowledged = match tail.incomplete.map(Incomplete::acknowledged) {
                 None => true,
-                Some(Incomplete::AcknowledgedUpTo(place)) => place <= target,
-                Some(Incomplete::Unknown) => !missing,
+                Some(Some(place)) => place <= target,
+                Some(None) => !missing,
             };
             tail.commit <= target && acknowledged
         };

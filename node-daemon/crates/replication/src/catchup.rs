@@ -167,6 +167,13 @@ impl Feed<'_> {
         self.send(member, sent, Vec::new(), cx);
     }
 
+    /// Asks whether it still is incomplete: an acknowledgement says that it is not (S3, C2). Every
+    /// log has the place before its first entry. It hears of the commit, too (T5).
+    fn ask_if_complete(&self, member: &mut MemberState, cx: &mut Cx<'_>) {
+        member.progress = cx.now;
+        self.send(member, Place::EMPTY, Vec::new(), cx);
+    }
+
     /// Tells the commit; nothing waits for the answer.
     fn announce(&self, member: &mut MemberState, cx: &mut Cx<'_>) {
         member.progress = cx.now;
@@ -350,6 +357,9 @@ impl Replica {
                 continue;
             }
             if member.incomplete {
+                if waited >= beat {
+                    feed.ask_if_complete(member, cx);
+                }
                 continue;
             }
             let behind = member.matched < feed.log.tail.lsn || member.heard < feed.commit.lsn;
@@ -405,6 +415,7 @@ impl Replica {
                 matched,
                 lag_bytes: primary.recent.lag_bytes(matched, tail),
                 in_sync: member.is_none_or(|m| m.counts() && m.matched >= primary.commit.lsn),
+                incomplete: member.is_some_and(|m| m.incomplete),
             }
         };
         voters.map(status).collect()

@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tercet_proto::message::{Envelope, Message, ReplicaMessage};
 use tercet_proto::storage::Storage;
-use tercet_proto::{Instant, NewReplica, ReplicaId, StorageError, StorageEvent, Token, VolumeId};
+use tercet_proto::{
+    Instant, NewReplica, ReplicaId, ReplicaState, StorageError, StorageEvent, Token, VolumeId,
+};
 
 use crate::api::{
     AssociationId, Control, ControlDone, ControlError, HostIdentity, HostRefusal, Input, Output,
@@ -270,6 +272,9 @@ impl Node {
                 });
             }
             StorageEvent::Done { token, result } => self.done(token, result, now, storage, out),
+            StorageEvent::Filled { volume } => {
+                self.with(volume, now, storage, out, Replica::on_filled);
+            }
             StorageEvent::Read { token, result } => match self.tokens.take(token) {
                 Some(Purpose::HostRead(volume, read)) => {
                     self.with(volume, now, storage, out, |r, cx| r.on_host_read(read, result, cx));
@@ -339,7 +344,7 @@ impl Node {
         out: &mut Vec<Output>,
     ) {
         if let Some(there) = storage.replica(new.volume) {
-            out.push(Output::ControlDone(token, Ok(ControlDone::Replica(there.replica))));
+            out.push(Output::ControlDone(token, Ok(made(&there))));
         } else if self.tokens.is_changing(new.volume) {
             out.push(Output::ControlDone(token, Err(StorageError::Busy.into())));
         } else {
@@ -361,7 +366,7 @@ impl Node {
                 let mut cx = context!(self, now, storage, out);
                 let replica = Replica::new(&state, &mut cx);
                 self.replicas.insert(new.volume, replica);
-                Ok(ControlDone::Replica(state.replica))
+                Ok(made(&state))
             }
             (Ok(()), None) => Err(StorageError::NoReplica(new.volume).into()),
             (Err(error), _) => Err(error.into()),
@@ -477,6 +482,10 @@ impl Node {
             None => out.push(Output::HostAccepted(id, Err(HostRefusal::NoVolume))),
         }
     }
+}
+
+fn made(state: &ReplicaState) -> ControlDone {
+    ControlDone::Replica { replica: state.replica, incomplete: state.incomplete.is_some() }
 }
 
 fn status_of(replica: &Replica) -> ReplicaStatus {

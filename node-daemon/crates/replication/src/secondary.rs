@@ -7,7 +7,7 @@
 use tercet_proto::message::{Envelope, ReplicaMessage};
 use tercet_proto::{Entry, Lsn, Place};
 
-use crate::api::{Output, PeerId};
+use crate::api::{Notice, Output, PeerId};
 use crate::cx::Cx;
 use crate::options::canary;
 use crate::replica::{Replica, Role};
@@ -45,11 +45,11 @@ impl Replica {
         if !matches!(self.role, Role::Follower { .. }) {
             return; // its own epoch; nobody else has its number
         }
+        self.hear_commit(commit, envelope, cx);
         if self.log.incomplete.is_some() {
-            self.refuse((peer, envelope), prev, true, cx); // C2: acknowledges nothing
+            self.refuse((peer, envelope), prev, true, cx); // C2, S3: acknowledges nothing
             return;
         }
-        self.hear_commit(commit, envelope, cx);
         if !self.log.has(cx.storage, prev) {
             self.refuse((peer, envelope), prev, false, cx);
             return;
@@ -193,6 +193,18 @@ impl Replica {
     pub fn apply(&mut self, upto: Lsn, cx: &mut Cx<'_>) {
         if let Some(size_blocks) = self.log.apply(cx.storage, upto) {
             cx.out.push(Output::Resized(self.volume, size_blocks));
+        }
+    }
+
+    /// S3: the clone shares its snapshot's chunks now. What it lacks of the log it is sent (C1).
+    pub fn on_filled(&mut self, cx: &mut Cx<'_>) {
+        self.log.incomplete = None;
+        cx.out.push(Output::Notice(self.volume, Notice::Filled));
+        match &self.role {
+            Role::Follower { .. } => self.acknowledge(cx),
+            Role::Candidate(candidate) if candidate.has_answer(self.id) => self.sealed_self(cx),
+            Role::Candidate(_) => {} // its seal is still to be complete
+            Role::Primary(_) => unreachable!("who is incomplete never leads (T5)"),
         }
     }
 

@@ -106,5 +106,6 @@ pub fn all() -> Vec<Bird> {
         Store S::CutEarly 0,
         Store S::ForgetDrop 0,
         Store S::IgnoreChecksums 0,
+        Store S::EmptyClone 0,
     ]
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use rand::Rng;
 use tercet_proto::{
-    Config, ConfigState, Epoch, Member, NewReplica, Primary, ReplicaId, SnapshotId, Token, VolumeId,
+    Config, ConfigState, Epoch, Member, NewReplica, Primary, ReplicaId, Source, Token, VolumeId,
 };
 use tercet_replication::api::{
     Attachment, Control, ControlDone, ControlError, Input, SwapOutcome, VolumeView,
@@ -49,10 +49,12 @@ pub struct Volume {
     version: u64,
     /// The replica on each node, once it has been reported.
     pub replicas: Vec<Option<ReplicaId>>,
+    /// Which of them have been reported complete (S3).
+    complete: Vec<bool>,
     /// What its replicas said of their chunks last.
     pub sums: Sums,
     /// What it is a clone of.
-    pub source: Option<(VolumeId, SnapshotId)>,
+    pub source: Option<Source>,
 }
 
 /// What a request to an engine was for.
@@ -62,6 +64,8 @@ pub enum Asked {
     Replica(usize),
     /// The snapshot of that number.
     Snapshot(usize),
+    /// The deletion of the snapshot of that number.
+    SnapshotDelete(usize),
     /// Sums of a volume, for the comparison at the end.
     Sums(usize),
     /// Something whose answer does not matter.
@@ -82,11 +86,7 @@ impl World {
     }
 
     /// Makes an object, and replicas on every node.
-    pub fn make_volume(
-        &mut self,
-        attachments: Vec<Attachment>,
-        source: Option<(VolumeId, SnapshotId)>,
-    ) -> usize {
+    pub fn make_volume(&mut self, attachments: Vec<Attachment>, source: Option<Source>) -> usize {
         let number = self.volumes.len();
         let view = VolumeView {
             attachments,
@@ -96,8 +96,9 @@ impl World {
         };
         let id = VolumeId::from_bytes(self.id_bytes());
         let replicas = vec![None; self.mix.nodes];
+        let complete = vec![false; self.mix.nodes];
         let sums = Sums::new();
-        self.volumes.push(Volume { id, view, version: 1, replicas, sums, source });
+        self.volumes.push(Volume { id, view, version: 1, replicas, complete, sums, source });
         for node in 0..self.mix.nodes {
             self.after(MS, move |world| world.create_replica(number, node));
         }
@@ -124,8 +125,9 @@ impl World {
     }
 
     fn create_replica(&mut self, volume: usize, node: usize) {
-        if self.volumes[volume].replicas[node].is_some() {
-            return;
+        let object = &self.volumes[volume];
+        if object.view.config.is_some() || object.complete[node] {
+            return; // what is incomplete when the first configuration comes says so to the primary
         }
         let new = NewReplica {
             volume: self.volumes[volume].id,
@@ -133,6 +135,7 @@ impl World {
             name: format!("volume{volume}"),
             size_blocks: self.mix.blocks,
             source: self.volumes[volume].source,
+            incomplete: true,
         };
         self.ask(node, Control::CreateReplica(new), Asked::Replica(volume));
         self.after(ASK_NS, move |world| world.create_replica(volume, node));
@@ -150,25 +153,38 @@ impl World {
             return;
         };
         match (asked, result) {
-            (Asked::Replica(volume), Ok(ControlDone::Replica(id))) => {
-                self.replica_made(volume, node, id);
+            (Asked::Replica(volume), Ok(ControlDone::Replica { replica, incomplete })) => {
+                self.replica_made(volume, node, replica, incomplete);
             }
             (Asked::Snapshot(number), result) => self.snapshot_answered(number, &result),
+            (Asked::SnapshotDelete(number), result) => self.snapshot_deleted(number, &result),
             (Asked::Sums(volume), result) => self.sums_answered(volume, node, result),
             (Asked::Replica(_) | Asked::Nothing, _) => {}
         }
     }
 
-    fn replica_made(&mut self, volume: usize, node: usize, id: ReplicaId) {
+    fn replica_made(&mut self, volume: usize, node: usize, id: ReplicaId, incomplete: bool) {
+        if incomplete && self.volumes[volume].replicas[node].is_none() {
+            self.probe(Probe::CloneIncomplete);
+            let name = &self.nodes[node].name;
+            self.tell(|_| format!("{name}: volume {volume} awaits its snapshot (S3)"));
+        }
+        self.volumes[volume].complete[node] = !incomplete;
         let known = self.volumes[volume].replicas[node].replace(id);
         if let Some(known) = known.filter(|known| *known != id) {
             self.violate(format!("volume {volume}: replica {known} became {id} (T9)"));
         }
         let object = &self.volumes[volume];
-        if object.view.config.is_some() || object.replicas.iter().any(Option::is_none) {
+        let complete: Vec<usize> = (0..self.mix.nodes).filter(|n| object.complete[*n]).collect();
+        let enough = complete.len() * 2 > self.mix.nodes; // S3
+        let missing = object.replicas.iter().any(Option::is_none);
+        if object.view.config.is_some() || missing || !enough {
             return;
         }
-        let primary = self.rng.random_range(0..self.mix.nodes);
+        if complete.len() < self.mix.nodes {
+            self.probe(Probe::ConfiguredIncomplete);
+        }
+        let primary = complete[self.rng.random_range(0..complete.len())];
         let members = (0..self.mix.nodes)
             .map(|n| Member {
                 node: self.nodes[n].name.clone(),
@@ -191,6 +207,7 @@ impl World {
             restored: None,
         });
         self.changed(volume);
+        self.clone_configured(volume);
     }
 
     /// The object has a new version: watches will show it.

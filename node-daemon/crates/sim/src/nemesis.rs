@@ -208,8 +208,17 @@ impl World {
             let swift = node.device.slow == 1 && node.device.stuck_until <= self.now;
             node.runs() && node.paused == 0 && swift
         };
-        !cut && self.nodes.iter().all(well)
+        // A clone's replica that awaits its snapshot is one that is missing already (S3).
+        let whole = self.volumes.iter().all(|volume| volume.view.config.is_some())
+            && (0..self.nodes.len()).all(|node| !self.has_incomplete(node));
+        !cut && whole
+            && self.nodes.iter().all(well)
             && (0..self.nodes.len()).all(|node| self.is_in_step(node))
+    }
+
+    fn has_incomplete(&self, node: usize) -> bool {
+        let statuses = self.nodes[node].shard().map(Shard::statuses).unwrap_or_default();
+        statuses.iter().any(|status| status.incomplete)
     }
 
     fn fault_rot(&mut self, node: usize) {

@@ -336,6 +336,7 @@ impl World {
             }
             Notice::TakingOver(_) if self.cluster.away => self.probe(Probe::TakeoverWithoutApi),
             Notice::MemberInSync(_, true) => self.probe(Probe::CaughtUp),
+            Notice::Filled => self.probe(Probe::CloneFilled),
             _ => {}
         }
     }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tercet_proto::{Lsn, Place};
 use tercet_replication::api::{Control, ControlDone, ControlError};
 
-use crate::cluster::{Asked, attachment};
+use crate::cluster::Asked;
 use crate::mix::{FAULTS_MIN, MS, OPS_MIN, S};
 use crate::probes::Probe;
 use crate::work::Work;
@@ -155,14 +155,11 @@ impl World {
         statuses.unwrap_or_default().iter().any(|status| status.volume == id && !status.incomplete)
     }
 
-    /// Whether every node can make a clone of its snapshots.
-    fn all_complete(&self, volume: usize) -> bool {
-        let sums: Vec<Option<Place>> = self.volumes[volume]
-            .sums
-            .values()
-            .map(|sums| sums.as_ref().map(|(place, _)| *place))
-            .collect();
-        sums.len() == self.mix.nodes && sums.iter().all(|place| *place == sums[0])
+    /// Whether every node has a replica of it: a clone lives beside its source (S3).
+    fn is_everywhere(&self, volume: usize) -> bool {
+        let id = self.volumes[volume].id;
+        let mut shards = self.nodes.iter().map(|node| node.shard());
+        shards.all(|shard| shard.is_some_and(|shard| shard.storage().replica(id).is_some()))
     }
 
     /// A replica has answered with its sums.
@@ -212,23 +209,34 @@ impl World {
 
     /// Makes clones of some snapshots, reads them whole and compares (S1, S3).
     fn read_clones(&mut self) {
-        let ready: Vec<usize> = (0..self.snapshots.all.len())
-            .filter(|number| self.snapshots.all[*number].done.is_some())
-            .take(CLONES_MAX)
-            .filter(|number| self.all_complete(self.snapshots.all[*number].volume))
+        let all = &self.snapshots.all;
+        let early: Vec<(usize, usize)> = (0..all.len())
+            .filter_map(|number| Some((number, all[number].clone?)))
+            // Where damage took the source's replica itself, the clone's cannot be made.
+            .filter(|(number, clone)| {
+                let made = self.volumes[*clone].view.config.is_some();
+                made || self.is_everywhere(all[*number].volume)
+            })
             .collect();
+        let ready: Vec<usize> = (0..all.len())
+            .filter(|number| all[*number].done.is_some() && all[*number].deletion.is_none())
+            .filter(|number| all[*number].clone.is_none())
+            .take(CLONES_MAX - early.len().min(CLONES_MAX - 1))
+            .filter(|number| self.is_everywhere(all[*number].volume))
+            .collect();
+        for (number, clone) in early {
+            self.read_clone(number, clone);
+        }
         for number in ready {
-            if self.violation.is_some() {
-                return;
-            }
-            self.read_clone(number);
+            let clone = self.make_clone(number);
+            self.read_clone(number, clone);
         }
     }
 
-    fn read_clone(&mut self, number: usize) {
-        let snapshot = &self.snapshots.all[number];
-        let source = (self.volumes[snapshot.volume].id, snapshot.id);
-        let clone = self.make_volume(vec![attachment(0)], Some(source));
+    fn read_clone(&mut self, number: usize, clone: usize) {
+        if self.violation.is_some() {
+            return;
+        }
         let mount = self.new_mount(Work::idle());
         self.hosts[0].mounts.insert(clone, mount);
         self.host_mount(0, clone);
@@ -241,6 +249,9 @@ impl World {
             return;
         }
         self.converge(clone);
+        if let Some((node, _)) = self.awaiting(clone).iter().find(|(_, applied)| *applied) {
+            self.violate(format!("node{node} has snapshot {number}, its clone is not filled (S3)"));
+        }
         let blocks = self.read_values(clone);
         self.check_snapshot(number, &blocks);
         self.probe(Probe::CloneRead);

@@ -66,6 +66,14 @@ probes! {
     SnapshotDuringWrites,
     /// a clone of a snapshot was read and compared (S3)
     CloneRead,
+    /// a clone's replica was made before its snapshot was applied there (S3)
+    CloneIncomplete,
+    /// a clone got its first configuration while one of its replicas was incomplete (S3)
+    ConfiguredIncomplete,
+    /// a clone's replica got its snapshot's blocks later (S3)
+    CloneFilled,
+    /// a snapshot was deleted while a clone's replica still awaited it (S3)
+    DeletedWhileAwaited,
     /// a link was cut in one direction (T2)
     CutOneWay,
     /// the API server was away while a volume had no primary (T3)

@@ -3,12 +3,12 @@
 //! what storage itself relies on (W2, W5).
 
 use tercet_proto::disk::{CHUNK_BLOCKS, EntryItem, Item, Location, Run, crc32c};
-use tercet_proto::storage::{Incomplete, NewReplica, SnapshotState, StorageError};
-use tercet_proto::{BLOCK_BYTES, Entry, EntryKind, Lsn, Place, Token, VolumeId};
+use tercet_proto::storage::{Incomplete, SnapshotState, StorageError};
+use tercet_proto::{BLOCK_BYTES, Entry, EntryKind, Lsn, Token, VolumeId};
 
 use crate::alloc::Alloc;
 use crate::log::{Effect, IO_BLOCKS_MAX, RING_MARGIN_BLOCKS};
-use crate::map::{Map, Space};
+use crate::map::Space;
 use crate::replica::{LogEntry, Payload, QUEUED, Replica, Snapshot, touched_leaves};
 use crate::store::{
     ENTRY_BLOCKS_MAX, EXTENT_BLOCKS_MIN, QUEUED_BLOCKS_MAX, Store, TOMBSTONES_MAX, Tombstone,
@@ -157,6 +157,7 @@ impl Store {
         let entry = replica.entry(lsn).expect("entries behind `applied` are retained").clone();
         self.apply_entry(&mut replica, &entry);
         self.replicas.insert(volume, replica);
+        self.fill_clones(volume, entry.header.kind);
     }
 
     /// The one place where an entry changes a volume (rule W5).
@@ -240,6 +241,7 @@ impl Store {
                     self.done(token, Ok(()));
                 }
             }
+            Effect::Fill { volume, number, map } => self.filled(volume, number, map),
             Effect::Entry { .. } | Effect::Dropped { .. } => unreachable!("handled by the log"),
         }
     }
@@ -247,6 +249,7 @@ impl Store {
     /// Takes a replica away; its tombstone stays (rule M2).
     pub(crate) fn remove_replica(&mut self, volume: VolumeId) {
         let replica = self.replicas.remove(&volume).expect("looked at before");
+        self.awaiting.remove(&volume);
         let unapplied =
             replica.entries.iter().filter(|entry| entry.header.place.lsn > replica.applied.lsn);
         for entry in unapplied {
@@ -274,27 +277,6 @@ impl Store {
         if self.tombstones.len() > TOMBSTONES_MAX {
             self.tombstones.remove(0);
         }
-    }
-
-    pub(crate) fn prepare_create(
-        &mut self,
-        new: &NewReplica,
-    ) -> Result<(Map, Option<Place>), StorageError> {
-        self.alive()?;
-        if self.replicas.contains_key(&new.volume) || self.creating.contains(&new.volume) {
-            return Err(StorageError::Exists(new.volume));
-        }
-        self.check_space(1, 0)?;
-        let Some((volume, id)) = new.source else {
-            return Ok((Map::new(new.size_blocks), None));
-        };
-        let source = self.live_replica(volume)?;
-        let snapshot = source.snapshots.iter().find(|snapshot| snapshot.state.id == id);
-        let snapshot = snapshot.ok_or(StorageError::NoSnapshot(volume, id))?;
-        assert!(new.size_blocks >= snapshot.state.size_blocks, "S3: at least the source's size");
-        let mut map = snapshot.map.inherit();
-        map.grow(new.size_blocks);
-        Ok((map, Some(snapshot.state.place)))
     }
 
     /// A metadata change of a replica goes into the log.

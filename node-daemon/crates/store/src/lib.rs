@@ -17,6 +17,7 @@ mod alloc;
 mod changes;
 mod check;
 mod checkpoint;
+mod clone;
 mod format;
 mod io;
 mod layout;

@@ -62,6 +62,11 @@ pub(crate) enum Effect {
         incomplete: Option<Incomplete>,
         token: Option<Token>,
     },
+    Fill {
+        volume: VolumeId,
+        number: u64,
+        map: Map,
+    },
 }
 
 /// A small payload's owner, so that the entry learns where it went.
@@ -290,10 +295,11 @@ impl Log {
         })
     }
 
-    /// Maps of replicas that are not durable yet.
+    /// Maps that replicas will have once a record is durable.
     pub(crate) fn created_maps(&self) -> impl Iterator<Item = &Map> {
         self.effects().filter_map(|effect| match effect {
             Effect::Create { replica, .. } => Some(&replica.head),
+            Effect::Fill { map, .. } => Some(map),
             _ => None,
         })
     }

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use tercet_proto::disk::{
-    EntryItem, Get, LeafImage, Location, Malformed, RootBlock, Run, Slot, Superblock, crc32c,
+    EntryItem, FORMAT_VERSION, Get, LeafImage, Location, Malformed, RootBlock, Run, Slot,
+    Superblock, crc32c,
 };
 use tercet_proto::storage::SnapshotState;
 use tercet_proto::{BLOCK_BYTES, InstanceId, Promise, ReplicaId, SnapshotId, VolumeId};
@@ -45,7 +46,8 @@ impl Store {
         let found = read_superblock(&mut io)?;
         check_superblock(&found, &options, capacity_blocks)?;
         let previous = found.instance;
-        let superblock = Superblock { generation: found.generation + 1, instance, ..found };
+        let (version, generation) = (FORMAT_VERSION, found.generation + 1);
+        let superblock = Superblock { version, generation, instance, ..found };
         for block in order(superblock.generation) {
             io.write(block, &*superblock.encode(), true)?;
         }
@@ -64,6 +66,7 @@ impl Store {
             let incomplete = store.replicas[volume].incomplete;
             store.push_incomplete(*volume, incomplete, None);
         }
+        store.resume_fills();
         store.changed = !store.log.records.is_empty();
         Ok((store, report))
     }

@@ -80,6 +80,8 @@ pub enum Canary {
     ForgetDrop,
     /// Checksums of what is read are not looked at (C4).
     IgnoreChecksums,
+    /// A clone whose snapshot is not applied here yet starts empty and complete (S3).
+    EmptyClone,
 }
 
 /// How full a store is.

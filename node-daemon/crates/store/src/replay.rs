@@ -11,8 +11,8 @@
 use std::collections::BTreeMap;
 
 use tercet_proto::disk::{EntryItem, Item, Location, Run};
-use tercet_proto::storage::Incomplete;
-use tercet_proto::{Lsn, Place, Promise, SnapshotId, VolumeId};
+use tercet_proto::storage::{Incomplete, Source};
+use tercet_proto::{Lsn, Place, Promise, VolumeId};
 
 use crate::log::RecordInfo;
 use crate::map::Map;
@@ -36,10 +36,8 @@ pub(crate) struct Replay<'a> {
 
 /// The worse of two.
 fn worse(a: Incomplete, b: Incomplete) -> Incomplete {
-    match (a, b) {
-        (Incomplete::AcknowledgedUpTo(a), Incomplete::AcknowledgedUpTo(b)) => {
-            Incomplete::AcknowledgedUpTo(a.max(b))
-        }
+    match (a.acknowledged(), b.acknowledged()) {
+        (Some(a), Some(b)) => Incomplete::AcknowledgedUpTo(a.max(b)),
         _ => Incomplete::Unknown,
     }
 }
@@ -172,12 +170,16 @@ impl<'a> Replay<'a> {
                 }
             }
             _ if !self.crossed => {}
-            Item::Create { number, replica, name, size_blocks, source, .. } => {
+            Item::Create { number, replica, name, size_blocks, source, incomplete, .. } => {
                 if self.store.replicas.contains_key(&volume) {
                     self.remove(volume); // its deletion was in a record that is lost
                 }
                 let mut new = Replica::new(number, replica, name, Map::default(), size_blocks);
-                new.head = self.source(volume, source);
+                if incomplete {
+                    new.incomplete = source.map(Incomplete::Awaits);
+                } else {
+                    new.head = self.source(volume, source);
+                }
                 new.head.grow(size_blocks);
                 self.store.next_number = self.store.next_number.max(number + 1);
                 self.store.replicas.insert(volume, new);
@@ -197,7 +199,21 @@ impl<'a> Replay<'a> {
                     replica.incomplete = incomplete;
                 }
             }
+            Item::Fill { number, source, .. } => {
+                if self.replica(volume, number).is_some_and(|replica| replica.awaits()) {
+                    self.fill(volume, source);
+                }
+            }
         }
+    }
+
+    /// A clone that awaited its snapshot has its chunks (rule S3).
+    fn fill(&mut self, volume: VolumeId, source: Source) {
+        let mut map = self.source(volume, Some(source));
+        let replica = self.store.replicas.get_mut(&volume).expect("looked at");
+        map.grow(replica.size_blocks);
+        replica.head = map; // there were holes only
+        replica.incomplete = None; // a source that is damaged is told by `damaged`
     }
 
     fn entry(&self, item: EntryItem, position: u64, payload: u64) -> LogEntry {
@@ -316,8 +332,8 @@ impl<'a> Replay<'a> {
     }
 
     /// The map that a clone begins with.
-    fn source(&mut self, clone: VolumeId, source: Option<(VolumeId, SnapshotId, Place)>) -> Map {
-        let Some((volume, id, place)) = source else {
+    fn source(&mut self, clone: VolumeId, source: Option<Source>) -> Map {
+        let Some(Source { volume, snapshot: id, place }) = source else {
             return Map::default();
         };
         while self.store.replicas.contains_key(&volume) && self.applied(volume) < place.lsn {

@@ -130,6 +130,11 @@ impl Replica {
         }
     }
 
+    /// Whether it is a clone whose snapshot is not applied here yet (S3).
+    pub(crate) fn awaits(&self) -> bool {
+        matches!(self.incomplete, Some(Incomplete::Awaits(_)))
+    }
+
     pub(crate) fn log_start(&self) -> Lsn {
         Lsn(self.tail.lsn.0 + 1 - self.entries.len() as u64)
     }

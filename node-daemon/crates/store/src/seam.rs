@@ -8,6 +8,7 @@ use tercet_proto::{
     BlockRange, Config, Entry, EntryHeader, Lsn, Promise, ReplicaId, Token, VolumeId,
 };
 
+use crate::clone::Awaiting;
 use crate::log::Effect;
 use crate::replica::Replica;
 use crate::store::Store;
@@ -29,22 +30,26 @@ impl Storage for Store {
     }
 
     fn create_replica(&mut self, new: NewReplica, token: Token) {
-        let (map, place) = match self.prepare_create(&new) {
+        let (map, incomplete) = match self.prepare_create(&new) {
             Ok(prepared) => prepared,
             Err(error) => return self.done(token, Err(error)),
         };
         let number = self.next_number;
         self.next_number += 1;
-        let source = new.source.zip(place).map(|((volume, id), place)| (volume, id, place));
         let item = Item::Create {
             volume: new.volume,
             number,
             replica: new.replica,
             name: new.name.clone(),
             size_blocks: new.size_blocks,
-            source,
+            source: new.source,
+            incomplete: incomplete.is_some(),
         };
-        let replica = Box::new(Replica::new(number, new.replica, new.name, map, new.size_blocks));
+        if let Some(Incomplete::Awaits(source)) = incomplete {
+            self.await_snapshot(new.volume, Awaiting::new(number, new.size_blocks, source));
+        }
+        let replica = Replica::new(number, new.replica, new.name, map, new.size_blocks);
+        let replica = Box::new(Replica { incomplete, ..replica });
         self.creating.insert(new.volume);
         self.log.unsettled += 1;
         self.push_change(&item, Effect::Create { volume: new.volume, replica, token });

@@ -14,6 +14,7 @@ use tercet_proto::{BLOCK_BYTES, Config, Instant, Place, ReplicaId, Token, Volume
 
 use crate::alloc::Alloc;
 use crate::checkpoint::Checkpoint;
+use crate::clone::Awaiting;
 use crate::disk::{DiskDone, DiskOp, DiskToken};
 use crate::log::Log;
 use crate::map::Leaves;
@@ -61,6 +62,8 @@ pub struct Store {
     pub(crate) superblock: Superblock,
     pub(crate) replicas: BTreeMap<VolumeId, Replica>,
     pub(crate) creating: BTreeSet<VolumeId>,
+    /// Clones whose snapshot is not applied here yet, those that are being made among them.
+    pub(crate) awaiting: BTreeMap<VolumeId, Awaiting>,
     pub(crate) tombstones: Vec<Tombstone>,
     pub(crate) next_number: u64,
     pub(crate) alloc: Alloc,
@@ -104,6 +107,7 @@ impl Store {
             superblock,
             replicas: BTreeMap::new(),
             creating: BTreeSet::new(),
+            awaiting: BTreeMap::new(),
             tombstones: Vec::new(),
             next_number: 1,
             leaves: Leaves::default(),

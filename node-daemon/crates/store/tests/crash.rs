@@ -37,6 +37,7 @@ fn step(world: &mut World, number: u32) -> bool {
         12 => {
             let kind = EntryKind::Snapshot { id: SnapshotId::from_bytes(id(77)) };
             drop(world.append(a, None, &[kind, write(0, 3)]));
+            assert!(world.create_early(volume_id(3), a), "S3: its snapshot is not applied yet");
         }
         14 => {
             world.apply(a, 10);

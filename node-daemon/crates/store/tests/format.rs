@@ -10,11 +10,14 @@ use tercet_proto::disk::{
     EntryItem, Get, Item, LeafBlock, LeafImage, Location, Name, Put, RecordHeader, RootBlock, Slot,
     StoreId, Superblock, crc32c,
 };
-use tercet_proto::storage::Incomplete;
+use tercet_proto::storage::{Incomplete, Source};
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, EntryHeader, EntryKind, Epoch, InstanceId, Lsn, NodeName, Place,
     ReplicaId, SnapshotId,
 };
+use tercet_store::arena::Arena;
+use tercet_store::simdisk::SimDisk;
+use tercet_store::{Options, Store};
 
 const STORE: StoreId = StoreId([7; 16]);
 
@@ -24,7 +27,7 @@ fn place(epoch: u64, lsn: u64) -> Place {
 
 fn superblock() -> Superblock {
     Superblock {
-        version: 1,
+        version: 2,
         store: STORE,
         cluster: uuid::Uuid::from_bytes([8; 16]),
         node: NodeName::new("node-a"),
@@ -77,6 +80,7 @@ fn items() -> Vec<Item> {
     let range = BlockRange { start: 100, count: 2 };
     let write = EntryKind::Write { range, payload_crc: 20 };
     let id = SnapshotId::from_bytes(id(21));
+    let source = Source { volume: volume_id(2), snapshot: id, place: place(1, 28) };
     vec![
         item(None, entry(write, Location::Record(3), vec![22, 23])),
         item(Some(Lsn(4)), entry(write, Location::Extents(vec![(2000, 1), (2002, 1)]), vec![1, 2])),
@@ -92,7 +96,8 @@ fn items() -> Vec<Item> {
             replica: ReplicaId::from_bytes([26; 16]),
             name: "pvc-1".to_owned(),
             size_blocks: 27,
-            source: Some((volume_id(2), id, place(1, 28))),
+            source: Some(source),
+            incomplete: false,
         },
         Item::Delete { volume, number },
         Item::Promise { volume, number, config: config(29) },
@@ -105,9 +110,42 @@ fn items() -> Vec<Item> {
     ]
 }
 
+/// What version 2 has besides (S3).
+fn items_of_version_2() -> Vec<Item> {
+    let (volume, number) = (volume_id(1), 4);
+    let snapshot = SnapshotId::from_bytes(id(21));
+    let source = Source { volume: volume_id(2), snapshot, place: place(1, 28) };
+    vec![
+        Item::Create {
+            volume,
+            number,
+            replica: ReplicaId::from_bytes([26; 16]),
+            name: "pvc-1".to_owned(),
+            size_blocks: 27,
+            source: Some(source),
+            incomplete: true,
+        },
+        Item::Create {
+            volume,
+            number,
+            replica: ReplicaId::from_bytes([26; 16]),
+            name: "pvc-2".to_owned(),
+            size_blocks: 27,
+            source: None,
+            incomplete: false,
+        },
+        Item::Incomplete { volume, number, incomplete: Some(Incomplete::Awaits(source)) },
+        Item::Fill { volume, number, source },
+    ]
+}
+
 fn record() -> (RecordHeader, Vec<u8>) {
+    record_of(&items())
+}
+
+fn record_of(items: &[Item]) -> (RecordHeader, Vec<u8>) {
     let mut put = Put::default();
-    for item in items() {
+    for item in items {
         item.encode(&mut put);
     }
     let header = RecordHeader {
@@ -120,25 +158,29 @@ fn record() -> (RecordHeader, Vec<u8>) {
         previous_crc: 32,
         header_blocks: 1,
         payload_blocks: 5,
-        items: items().len() as u32,
+        items: items.len() as u32,
         names: Some(vec![Name { volume: volume_id(1), place: place(2, 4) }]),
     };
     (header, put.0)
 }
 
-/// CRCs of the bytes of format version 1. A change here is a change of the format: it needs a new
-/// version and a way from this one.
+/// CRCs of the bytes of format version 2; but for the superblock's version, and the last, they are
+/// those of version 1. A change here is a change of the format: it needs a new version and a way from
+/// this one.
 #[test]
-fn the_bytes_are_those_of_version_1() {
-    let (header, items) = record();
-    let mut area = vec![0; BLOCK_BYTES];
-    header.encode(&items, &mut area);
+fn the_bytes_are_those_of_version_2() {
+    let area = |(header, items): (RecordHeader, Vec<u8>)| {
+        let mut area = vec![0; BLOCK_BYTES];
+        header.encode(&items, &mut area);
+        area
+    };
     let golden = [
         ("superblock", superblock().encode().to_vec(), GOLDEN[0]),
         ("slot", slot().encode().to_vec(), GOLDEN[1]),
         ("root", root().encode().to_vec(), GOLDEN[2]),
         ("leaf", leaf().encode(), GOLDEN[3]),
-        ("record", area, GOLDEN[4]),
+        ("record", area(record()), GOLDEN[4]),
+        ("record of version 2", area(record_of(&items_of_version_2())), GOLDEN[5]),
     ];
     for (what, bytes, expected) in golden {
         let hex = bytes[..64].iter().fold(String::new(), |mut text, byte| {
@@ -168,6 +210,41 @@ fn what_was_written_is_read() {
         assert_eq!(Item::decode(&mut get), Ok(item));
     }
     assert!(get.0.is_empty());
+    let (_, bytes) = record_of(&items_of_version_2());
+    let mut get = Get(&bytes);
+    for item in items_of_version_2() {
+        assert_eq!(Item::decode(&mut get), Ok(item));
+    }
+    assert!(get.0.is_empty());
+}
+
+/// A store of version 1 is opened, and is one of version 2 from then on; a later version is not.
+#[test]
+fn versions() {
+    for version in [1, 2] {
+        let found = Superblock::decode(&*Superblock { version, ..superblock() }.encode());
+        assert_eq!(found.map(|found| found.version), Ok(version));
+    }
+    for version in [0, 3] {
+        let found = Superblock::decode(&*Superblock { version, ..superblock() }.encode());
+        assert!(found.is_err(), "version {version}");
+    }
+    let mut disk = SimDisk::new(64 << 20);
+    let options = Options::new(Arena::new(common::ARENA_BYTES));
+    Store::format(&mut disk, &common::format_options(), &options).expect("formats");
+    for block in [0, 16] {
+        let new = disk.sector(block);
+        let found = Superblock::decode(&*new).expect("a superblock");
+        let old = Superblock { version: 1, ..found }.encode();
+        let differs = |bit: &usize| (new[bit / 8] ^ old[bit / 8]) >> (bit % 8) & 1 == 1;
+        (0..BLOCK_BYTES * 8).filter(differs).for_each(|bit| disk.flip(block, bit));
+    }
+    let instance = InstanceId::from_bytes(id(1));
+    Store::open(&mut disk, options, instance).expect("opens version 1");
+    for block in [0, 16] {
+        let found = Superblock::decode(&*disk.sector(block));
+        assert_eq!(found.map(|found| found.version), Ok(2));
+    }
 }
 
 #[test]

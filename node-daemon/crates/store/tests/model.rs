@@ -15,6 +15,7 @@ fn some_volume(world: &mut World) -> Option<VolumeId> {
         .model
         .keys()
         .filter(|volume| world.deleting.values().all(|other| other != *volume))
+        .filter(|volume| world.model[*volume].awaits.is_none())
         .copied()
         .collect();
     (!all.is_empty()).then(|| all[world.rng.random_range(0..all.len())])
@@ -95,13 +96,23 @@ fn work(world: &mut World, refused: &mut u64) {
             let new = volume_id(world.rng.random_range(1..5));
             let free = !world.model.contains_key(&new)
                 && world.making.values().all(|(other, _)| *other != new);
-            if free && !world.model[&volume].snapshots.is_empty() {
+            if free && world.create_early(new, volume) {
+                // A clone before its snapshot is applied (S3).
+            } else if free && !world.model[&volume].snapshots.is_empty() {
                 world.create(new, 1, Some((volume, 0)));
             } else if free {
                 world.create(new, SIZE_BLOCKS, None);
             }
         }
         80 => world.delete(volume),
+        81 if world.model.values().any(|model| model.awaits.is_some()) => {
+            let mut all = world.model.iter();
+            let clone = all.find(|(_, model)| model.awaits.is_some()).map(|(clone, _)| *clone);
+            let clone = clone.expect("looked at");
+            if world.deleting.values().all(|other| *other != clone) {
+                world.delete(clone);
+            }
+        }
         81..83 => world.store.request_checkpoint(),
         83..86 => world.tick(60),
         _ => {

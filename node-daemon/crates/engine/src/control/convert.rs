@@ -3,8 +3,8 @@
 
 use tercet_proto::StorageError;
 use tercet_proto::{
-    BLOCK_BYTES, Config, ConfigState, Epoch, InstanceId, Member, NodeName, Primary, ReplicaId,
-    SnapshotId, VolumeId,
+    BLOCK_BYTES, Config, ConfigState, Epoch, InstanceId, Lsn, Member, NodeName, Place, Primary,
+    ReplicaId, SnapshotId, Source, VolumeId,
 };
 use tercet_replication::api::{Attachment, ControlError, SwapOutcome, VolumeView};
 use tonic::{Code, Status};
@@ -36,6 +36,15 @@ pub fn replica(text: &str) -> Result<ReplicaId, Status> {
 /// A snapshot's id.
 pub fn snapshot(text: &str) -> Result<SnapshotId, Status> {
     uuid("snapshot", text).map(SnapshotId)
+}
+
+/// What a clone starts from.
+pub fn source(volume: VolumeId, source: &pb::CloneSource) -> Result<Source, Status> {
+    let place = Place { epoch: Epoch(source.epoch), lsn: Lsn(source.lsn) };
+    if place.epoch.0 == 0 || place.lsn.0 == 0 {
+        return Err(bad("source", "epoch and lsn of the snapshot are missing"));
+    }
+    Ok(Source { volume, snapshot: snapshot(&source.snapshot)?, place })
 }
 
 /// A size in blocks.

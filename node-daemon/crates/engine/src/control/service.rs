@@ -204,7 +204,7 @@ impl pb::engine_server::Engine for Service {
                                across shards is not possible yet";
                     return Err(Status::failed_precondition(why));
                 }
-                Some((from, convert::snapshot(&source.snapshot)?))
+                Some(convert::source(from, source)?)
             }
             None => None,
         };
@@ -214,11 +214,12 @@ impl pb::engine_server::Engine for Service {
             name: request.name,
             size_blocks: convert::blocks("size_bytes", request.size_bytes)?,
             source,
+            incomplete: true,
         };
         match self.directory.ask(volume, Control::CreateReplica(new)).await? {
-            ControlDone::Replica(replica) => {
+            ControlDone::Replica { replica, incomplete } => {
                 let replica = replica.to_string();
-                Ok(Response::new(pb::CreateReplicaResponse { replica }))
+                Ok(Response::new(pb::CreateReplicaResponse { replica, incomplete }))
             }
             other => unreachable!("a replica's id answers its creation, not {other:?}"),
         }

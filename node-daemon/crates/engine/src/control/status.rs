@@ -103,6 +103,7 @@ fn member(member: &MemberStatus) -> pb::MemberStatus {
         replica: member.replica.to_string(),
         in_sync: member.in_sync,
         lag_bytes: member.lag_bytes,
+        incomplete: member.incomplete,
     }
 }
 

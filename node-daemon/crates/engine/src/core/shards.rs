@@ -299,6 +299,9 @@ impl Core {
                 format!("the object is older than epoch {epoch}, which {node} has promised"),
                 true,
             ),
+            ShardNotice::Filled => {
+                ("Filled", format!("the replica on {node} has its snapshot's blocks"), false)
+            }
         };
         info!(%volume, reason, "{message}");
         self.outbox.notice(Notice { volume: Some(volume), reason, message, warning });

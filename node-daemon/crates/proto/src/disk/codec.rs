@@ -6,8 +6,8 @@ use uuid::Uuid;
 
 use crate::config::{Config, ConfigState, MEMBERS_MAX, Member, Primary};
 use crate::entry::Place;
-use crate::ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId};
-use crate::storage::Incomplete;
+use crate::ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, SnapshotId, VolumeId};
+use crate::storage::{Incomplete, Source};
 
 /// Bytes that are not what they should be; names what was wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -56,7 +56,14 @@ impl Put {
         self.u64(place.lsn.0);
     }
 
-    /// Tag 0 (complete), 1 and a place, or 2 (unknown).
+    /// Volume, snapshot and its place.
+    pub fn source(&mut self, source: Source) {
+        self.bytes(source.volume.as_bytes());
+        self.bytes(source.snapshot.as_bytes());
+        self.place(source.place);
+    }
+
+    /// Tag 0 (complete), 1 and a place, 2 (unknown), or 3 and a source.
     pub fn incomplete(&mut self, incomplete: Option<Incomplete>) {
         match incomplete {
             None => self.u8(0),
@@ -65,6 +72,10 @@ impl Put {
                 self.place(place);
             }
             Some(Incomplete::Unknown) => self.u8(2),
+            Some(Incomplete::Awaits(source)) => {
+                self.u8(3);
+                self.source(source);
+            }
         }
     }
 
@@ -163,12 +174,19 @@ impl<'a> Get<'a> {
         Ok(Place { epoch: Epoch(self.u64()?), lsn: Lsn(self.u64()?) })
     }
 
+    /// See [`Put::source`].
+    pub fn source(&mut self) -> Result<Source, Malformed> {
+        let (volume, snapshot) = (VolumeId(self.uuid()?), SnapshotId(self.uuid()?));
+        Ok(Source { volume, snapshot, place: self.place()? })
+    }
+
     /// See [`Put::incomplete`].
     pub fn incomplete(&mut self) -> Result<Option<Incomplete>, Malformed> {
         match self.u8()? {
             0 => Ok(None),
             1 => Ok(Some(Incomplete::AcknowledgedUpTo(self.place()?))),
             2 => Ok(Some(Incomplete::Unknown)),
+            3 => Ok(Some(Incomplete::Awaits(self.source()?))),
             _ => Err(Malformed("incomplete")),
         }
     }

@@ -2,9 +2,9 @@
 
 use super::{Get, Malformed, Put, Run};
 use crate::config::Config;
-use crate::entry::{BlockRange, EntryHeader, EntryKind, Place};
+use crate::entry::{BlockRange, EntryHeader, EntryKind};
 use crate::ids::{Epoch, Lsn, ReplicaId, SnapshotId, VolumeId};
-use crate::storage::Incomplete;
+use crate::storage::{Incomplete, Source};
 
 /// Where an entry's payload lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -178,8 +178,10 @@ pub enum Item {
         name: String,
         /// Blocks.
         size_blocks: u64,
-        /// The (volume, snapshot, place of the snapshot) that it shares chunks with (rule S3).
-        source: Option<(VolumeId, SnapshotId, Place)>,
+        /// Whose chunks it shares (rule S3).
+        source: Option<Source>,
+        /// It does not share them yet: the snapshot was not applied here (rule S3).
+        incomplete: bool,
     },
     /// A replica is deleted and leaves a tombstone (rule M2).
     Delete {
@@ -206,6 +208,15 @@ pub enum Item {
         /// How.
         incomplete: Option<Incomplete>,
     },
+    /// A clone that was made incomplete shares its source's chunks now, and is complete (rule S3).
+    Fill {
+        /// The volume.
+        volume: VolumeId,
+        /// The replica's number.
+        number: u64,
+        /// Whose chunks.
+        source: Source,
+    },
 }
 
 impl Item {
@@ -217,7 +228,8 @@ impl Item {
             | Self::Create { volume, .. }
             | Self::Delete { volume, .. }
             | Self::Promise { volume, .. }
-            | Self::Incomplete { volume, .. } => *volume,
+            | Self::Incomplete { volume, .. }
+            | Self::Fill { volume, .. } => *volume,
         }
     }
 
@@ -240,16 +252,14 @@ impl Item {
                 head(put, 3, volume, *number);
                 put.u64(after.0);
             }
-            Self::Create { volume, number, replica, name, size_blocks, source } => {
+            Self::Create { volume, number, replica, name, size_blocks, source, incomplete } => {
                 head(put, 4, volume, *number);
                 put.bytes(replica.as_bytes());
                 put.text(name);
                 put.u64(*size_blocks);
-                put.u8(u8::from(source.is_some()));
-                if let Some((volume, snapshot, place)) = source {
-                    put.bytes(volume.as_bytes());
-                    put.bytes(snapshot.as_bytes());
-                    put.place(*place);
+                put.u8(u8::from(source.is_some()) + u8::from(*incomplete));
+                if let Some(source) = source {
+                    put.source(*source);
                 }
             }
             Self::Delete { volume, number } => head(put, 5, volume, *number),
@@ -260,6 +270,10 @@ impl Item {
             Self::Incomplete { volume, number, incomplete } => {
                 head(put, 7, volume, *number);
                 put.incomplete(*incomplete);
+            }
+            Self::Fill { volume, number, source } => {
+                head(put, 8, volume, *number);
+                put.source(*source);
             }
         }
     }
@@ -275,22 +289,25 @@ impl Item {
                 Self::Entry { volume, number, drop_after, entry: EntryItem::decode(get)? }
             }
             3 => Self::Drop { volume, number, after: Lsn(get.u64()?) },
-            4 => Self::Create {
-                volume,
-                number,
-                replica: ReplicaId(get.uuid()?),
-                name: get.text()?.to_owned(),
-                size_blocks: get.u64()?,
-                source: if get.flag()? {
-                    Some((VolumeId(get.uuid()?), SnapshotId(get.uuid()?), get.place()?))
-                } else {
-                    None
-                },
-            },
+            4 => Self::decode_create(get, volume, number)?,
             5 => Self::Delete { volume, number },
             6 => Self::Promise { volume, number, config: get.config()? },
             7 => Self::Incomplete { volume, number, incomplete: get.incomplete()? },
+            8 => Self::Fill { volume, number, source: get.source()? },
             _ => return Err(Malformed("kind of item")),
         })
+    }
+
+    fn decode_create(get: &mut Get<'_>, volume: VolumeId, number: u64) -> Result<Self, Malformed> {
+        let replica = ReplicaId(get.uuid()?);
+        let name = get.text()?.to_owned();
+        let size_blocks = get.u64()?;
+        let (source, incomplete) = match get.u8()? {
+            0 => (None, false),
+            1 => (Some(get.source()?), false),
+            2 => (Some(get.source()?), true),
+            _ => return Err(Malformed("source")),
+        };
+        Ok(Self::Create { volume, number, replica, name, size_blocks, source, incomplete })
     }
 }

@@ -1,6 +1,8 @@
 //! The superblock: who the store is and how the device is divided. Two copies.
 
-use super::{Block, FORMAT_VERSION, Get, Malformed, Put, Run, StoreId, check_seal, seal};
+use super::{
+    Block, FORMAT_VERSION, FORMAT_VERSION_MIN, Get, Malformed, Put, Run, StoreId, check_seal, seal,
+};
 use crate::entry::BLOCK_BYTES;
 use crate::ids::{InstanceId, NodeName};
 use uuid::Uuid;
@@ -58,7 +60,7 @@ impl Superblock {
         check_seal(block, MAGIC)?;
         let mut get = Get(&block[8..]);
         let version = get.u32()?;
-        if version != FORMAT_VERSION {
+        if !(FORMAT_VERSION_MIN..=FORMAT_VERSION).contains(&version) {
             return Err(Malformed("format version"));
         }
         Ok(Self {

@@ -65,13 +65,14 @@ impl Writer<'_> {
         self.place(tail.tail);
         self.place(tail.commit);
         self.u64(tail.log_start.0);
-        match tail.incomplete {
+        // Why it is incomplete is its own matter; what it may have acknowledged is T5's.
+        match tail.incomplete.map(Incomplete::acknowledged) {
             None => self.u8(0),
-            Some(Incomplete::AcknowledgedUpTo(place)) => {
+            Some(Some(place)) => {
                 self.u8(1);
                 self.place(place);
             }
-            Some(Incomplete::Unknown) => self.u8(2),
+            Some(None) => self.u8(2),
         }
     }
 

@@ -155,6 +155,14 @@ impl MemStore {
         self.replicas.insert(volume, Replica { state, log, cut: 0, blocks, snapshots, disk });
     }
 
+    /// What a clone awaits is applied: durable at once (S3).
+    pub fn fill(&mut self, volume: VolumeId) {
+        let replica = self.replicas.get_mut(&volume).expect("a replica");
+        assert!(matches!(replica.state.incomplete.take(), Some(Incomplete::Awaits(_))));
+        replica.disk.incomplete = None;
+        self.events.push_back(StorageEvent::Filled { volume });
+    }
+
     /// Cuts the log up to what is applied.
     pub fn cut(&mut self, volume: VolumeId) {
         let replica = self.replicas.get_mut(&volume).expect("a replica");

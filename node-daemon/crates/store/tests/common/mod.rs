@@ -9,7 +9,7 @@ use bytes::Bytes;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tercet_proto::disk::{StoreId, crc32c};
-use tercet_proto::storage::{Storage, StorageError, StorageEvent};
+use tercet_proto::storage::{Incomplete, Source, Storage, StorageError, StorageEvent};
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, Config, ConfigState, Entry, EntryHeader, EntryKind, Epoch, InstanceId,
     Instant, Lsn, Member, NewReplica, NodeName, Place, Primary, Promise, ReplicaId, SnapshotId,
@@ -104,6 +104,15 @@ pub struct ModelVolume {
     pub promise_acked: u64,
     pub promise_asked: u64,
     pub epoch: u64,
+    /// A clone that was made before its snapshot was applied (S3), until it is told filled.
+    pub awaits: Option<Awaits>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Awaits {
+    pub source: Source,
+    /// What the snapshot has, once it is applied.
+    pub content: Option<Content>,
 }
 
 impl ModelVolume {
@@ -362,7 +371,34 @@ impl World {
                     self.log_done(volume, from, &entries);
                 }
             }
+            StorageEvent::Filled { volume } => self.filled(volume),
             StorageEvent::Failed(_) => self.failed = true,
+        }
+    }
+
+    /// A clone is complete: it has what its snapshot has.
+    fn filled(&mut self, volume: VolumeId) {
+        let Some(model) = self.model.get_mut(&volume) else {
+            return;
+        };
+        match model.awaits.take().and_then(|awaits| awaits.content) {
+            Some(content) => model.content = content,
+            None => self.violations.push(format!("{volume}: filled out of nothing")),
+        }
+    }
+
+    /// The model has applied snapshots: clones that await them know what they will have.
+    fn captured(&mut self, of: VolumeId) {
+        let Self { model, making, .. } = self;
+        let snapshots = model[&of].snapshots.clone();
+        let clones = model.values_mut().chain(making.values_mut().map(|(_, clone)| clone));
+        for awaits in clones.filter_map(|clone| clone.awaits.as_mut()) {
+            let found = snapshots.iter().find(|snap| snap.id == awaits.source.snapshot);
+            if awaits.source.volume == of
+                && let Some(snapshot) = found
+            {
+                awaits.content = Some(snapshot.content.clone());
+            }
         }
     }
 
@@ -446,15 +482,60 @@ impl World {
             promise_acked: 0,
             promise_asked: 0,
             epoch: 1,
+            awaits: None,
         };
         let source = source.map(|(from, index)| {
             let snapshot = &self.model[&from].snapshots[index];
             model.content = snapshot.content.clone();
             model.size = size.max(snapshot.size);
-            (from, snapshot.id)
+            Source { volume: from, snapshot: snapshot.id, place: snapshot.place }
         });
-        let name = format!("vol-{number}");
-        let new = NewReplica { volume, replica, name, size_blocks: model.size, source };
+        self.make(volume, token, model, source, false);
+    }
+
+    /// A clone of the first snapshot in a log that is not applied yet (S3); whether there is one.
+    pub fn create_early(&mut self, volume: VolumeId, from: VolumeId) -> bool {
+        let of = &self.model[&from];
+        let found =
+            of.log[of.applied as usize..].iter().find_map(|entry| match entry.header.kind {
+                EntryKind::Snapshot { id } => Some((id, entry.header.place)),
+                _ => None,
+            });
+        let Some((snapshot, place)) = found else {
+            return false;
+        };
+        let size = of.size_at_tail();
+        let source = Source { volume: from, snapshot, place };
+        let number = self.fresh();
+        let model = ModelVolume {
+            replica: ReplicaId::from_bytes(id(number)),
+            log: Vec::new(),
+            ever: BTreeMap::new(),
+            acked: Place::EMPTY,
+            applied: 0,
+            content: Content::new(),
+            size,
+            snapshots: Vec::new(),
+            promise_acked: 0,
+            promise_asked: 0,
+            epoch: 1,
+            awaits: Some(Awaits { source, content: None }),
+        };
+        self.make(volume, Token(number), model, Some(source), true);
+        true
+    }
+
+    fn make(
+        &mut self,
+        volume: VolumeId,
+        token: Token,
+        model: ModelVolume,
+        source: Option<Source>,
+        incomplete: bool,
+    ) {
+        let (replica, size_blocks) = (model.replica, model.size);
+        let name = format!("vol-{}", token.0);
+        let new = NewReplica { volume, replica, name, size_blocks, source, incomplete };
         self.making.insert(token, (volume, model));
         self.store.create_replica(new, token);
         self.pump();
@@ -525,10 +606,12 @@ impl World {
     /// Applies up to what is durable, at most `count`.
     pub fn apply(&mut self, volume: VolumeId, count: u64) {
         let durable = self.store.replica(volume).expect("there").durable.lsn.0;
-        let model = self.model.get_mut(&volume).expect("there");
+        let mut model = self.model.get_mut(&volume).expect("there");
         let target = durable.min(model.applied + count);
         while model.applied < target {
             model.apply_next();
+            self.captured(volume);
+            model = self.model.get_mut(&volume).expect("there");
         }
         self.store.apply(volume, Lsn(target));
         self.pump();
@@ -601,8 +684,16 @@ impl World {
             self.violations.push(format!("{volume}: promise {epoch}"));
         }
         (model.promise_acked, model.promise_asked) = (epoch, epoch);
-        if state.incomplete.is_some() {
-            self.violations.push(format!("{volume}: incomplete without damage"));
+        match (state.incomplete, &model.awaits) {
+            (None, None) => {}
+            (Some(Incomplete::Awaits(source)), Some(awaits)) if source == awaits.source => {}
+            (None, Some(Awaits { content: Some(content), .. })) => {
+                model.content = content.clone(); // the record that fills it was durable
+                model.awaits = None;
+            }
+            (found, awaits) => {
+                self.violations.push(format!("{volume}: {found:?}, the model: {awaits:?}"));
+            }
         }
         if state.tail != state.durable || state.applied.lsn.0 > model.applied {
             self.violations.push(format!("{volume}: {state:?}"));
@@ -669,10 +760,19 @@ impl World {
     }
 
     pub fn compare_volume(&mut self, volume: VolumeId) {
-        let Some(size) = self.model.get(&volume).map(|model| model.size) else {
+        self.settle();
+        let Some(model) = self.model.get(&volume) else {
             self.violations.push(format!("{volume}: is not there"));
             return;
         };
+        let size = model.size;
+        if let Some(awaits) = &model.awaits {
+            // Only as long as its snapshot is not applied, or its source is gone.
+            if awaits.content.is_some() && self.model.contains_key(&awaits.source.volume) {
+                self.violations.push(format!("{volume}: not filled, {:?}", awaits.source));
+            }
+            return;
+        }
         let mut block = 0;
         while block < size {
             let count = (size - block).min(512) as u32;
