@@ -1,6 +1,7 @@
 //! Devices of a reactor: data, durability flags, limits, and whose device it is (rule R3).
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -20,6 +21,7 @@ impl Folder {
     fn new(name: &str) -> Self {
         let unique = format!("tercet-reactor-{name}-{}", std::process::id());
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(unique);
+        let _ = fs::remove_dir_all(&path); // of a killed run whose number comes again
         fs::create_dir_all(&path).expect("a folder");
         Self(path)
     }
@@ -110,7 +112,35 @@ fn a_device_belongs_to_one_engine() {
     let second = Device::open(&wanted);
     assert!(matches!(second, Err(DeviceError::Locked { .. })), "{second:?}");
     drop(first);
-    Device::open(&wanted).expect("free again");
+    unlocked(&wanted);
+}
+
+/// Opens a device that nobody holds any more. Between fork and exec a child that another test starts
+/// holds every descriptor of this process, and so the lock.
+fn unlocked(wanted: &OpenDevice) -> Device {
+    let start = Instant::now();
+    loop {
+        match Device::open(wanted) {
+            Ok(device) => return device,
+            Err(DeviceError::Locked { .. }) => thread::sleep(Duration::from_micros(200)),
+            Err(error) => panic!("{error}"),
+        }
+        assert!(start.elapsed() < Duration::from_mins(1), "the lock becomes free");
+    }
+}
+
+#[test]
+fn a_fresh_nodes_folder_is_made_with_the_file_but_no_more_than_that() {
+    let folder = Folder::new("fresh");
+    let wanted =
+        |path: PathBuf, create_bytes| OpenDevice { path, create_bytes, discard: Discard::Punch };
+    let path = folder.0.join("devices").join("d0");
+    assert!(Device::open(&wanted(path.clone(), None)).is_err(), "what is to be there is not made");
+    assert!(!folder.0.join("devices").exists());
+    Device::open(&wanted(path, Some(64 * MIB))).expect("a file in a folder of its own");
+    let deep = folder.0.join("not-mounted").join("devices").join("d0");
+    assert!(Device::open(&wanted(deep, Some(64 * MIB))).is_err());
+    assert!(!folder.0.join("not-mounted").exists());
 }
 
 #[test]
@@ -206,24 +236,15 @@ fn the_lock_of_a_killed_writer_is_free_only_when_nothing_lands_any_more() {
         let mut child = Command::new(std::env::current_exe().expect("this test"))
             .args(["--exact", "writer", "--nocapture"])
             .env(CHILD, &wanted.path)
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .spawn()
             .expect("a writer");
-        let start = Instant::now();
-        while !wanted.path.exists() || Device::open(&wanted).is_ok() {
-            assert!(start.elapsed() < Duration::from_secs(20), "the writer starts");
-            thread::sleep(Duration::from_millis(5));
-        }
+        // Asked by its words: whoever tries the lock meanwhile may keep the writer from it.
+        let mut said = BufReader::new(child.stdout.take().expect("piped")).lines();
+        assert!(said.any(|line| line.expect("a line").contains("round ")), "the writer ended");
         thread::sleep(Duration::from_millis(delay_ms));
         child.kill().expect("killed");
-        let device = loop {
-            match Device::open(&wanted) {
-                Ok(device) => break device,
-                Err(DeviceError::Locked { .. }) => thread::sleep(Duration::from_micros(200)),
-                Err(error) => panic!("{error}"),
-            }
-            assert!(start.elapsed() < Duration::from_mins(1), "the lock becomes free");
-        };
+        let device = unlocked(&wanted);
         let at_lock = stamps(&wanted.path);
         thread::sleep(Duration::from_millis(300));
         assert!(at_lock == stamps(&wanted.path), "a dead process's write landed after the lock");

@@ -11,10 +11,10 @@ use tercet_nvmf::host::{
 };
 use tercet_nvmf::names::volume_nqn;
 
-use super::{Node, Wire, now, volume};
+use super::{Node, Wire, now, turn_clock, volume};
 
 /// Longest that anything in a test may take.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A host.
 pub struct Client {
@@ -150,6 +150,7 @@ pub fn until(
 ) {
     let deadline = Clock::now() + PATIENCE;
     while !is_so(nodes, client) {
+        turn_clock();
         let mut busy = client.poll();
         for node in nodes.iter_mut() {
             busy |= node.poll();
@@ -163,8 +164,8 @@ pub fn until(
 
 /// Polls for that long.
 pub fn for_a_while(nodes: &mut [Node], client: &mut Client, duration: Duration) {
-    let end = Clock::now() + duration;
-    until(nodes, client, "time passes", |_, _| Clock::now() >= end);
+    let start = now();
+    until(nodes, client, "time passes", |_, _| now().since(start) >= duration);
 }
 
 /// Runs an operation to its end.

@@ -5,9 +5,11 @@
 
 pub mod client;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant as Clock};
 
 use bytes::{Bytes, BytesMut};
 use tercet_nvmf::target::{
@@ -16,12 +18,24 @@ use tercet_nvmf::target::{
 };
 use tercet_proto::{BLOCK_BYTES, Instant, Token, VolumeId};
 
-/// Nanoseconds since the test began.
+thread_local! {
+    static CLOCK: Cell<(Duration, Clock)> = Cell::new((Duration::ZERO, Clock::now()));
+}
+
+/// The most that a round of polling adds to [`now`].
+const ROUND_MAX: Duration = Duration::from_millis(5);
+
+/// Nanoseconds since the test began; moves with [`turn_clock`] only.
 pub fn now() -> Instant {
-    use std::sync::OnceLock;
-    static START: OnceLock<std::time::Instant> = OnceLock::new();
-    let start = START.get_or_init(std::time::Instant::now);
-    Instant(1_000_000_000 + start.elapsed().as_nanos() as u64)
+    Instant(1_000_000_000 + CLOCK.get().0.as_nanos() as u64)
+}
+
+/// Begins a round: the clock goes on by the time that has passed, but a thread that got no processor
+/// for long is no peer that fell silent.
+pub fn turn_clock() {
+    let (time, last) = CLOCK.get();
+    let read = Clock::now();
+    CLOCK.set((time + (read - last).min(ROUND_MAX), read));
 }
 
 /// The volume that tests use.
