@@ -16,10 +16,10 @@ CARGO := cargo --color=never
 MANIFEST := --manifest-path node-daemon/Cargo.toml
 PACKAGES := crds operator csi node-daemon cli e2e
 
-.PHONY: help demo test lint fmt generate lock bench report wheels images clean install
+.PHONY: help demo test lint fmt generate lock bench report wheels images e2e-kind e2e-kind-smoke clean install
 
 help:  ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
 
 demo: install  ## a volume survives the loss of its node, told step by step (root; a minute when warm)
 	$(BIN)/python -m tercet_e2e demo
@@ -56,6 +56,13 @@ wheels: $(VENV)/.packages  ## build/wheels: our distributions and what they need
 
 images: install wheels  ## images tercet-operator, tercet-csi, tercet-node, without a registry (root)
 	$(BIN)/python -m tercet_e2e images
+
+e2e-kind: install wheels  ## the chart on real kubelets: kind, its node image, an engine of its own (root)
+	$(BIN)/python -m pytest -s -m kind e2e/tests
+
+e2e-kind-smoke: install wheels  ## of those only: installation, and the loss of a node
+	$(BIN)/python -m pytest -s e2e/tests/kind/test_kind_1_install.py \
+	  e2e/tests/kind/test_kind_2_nodes.py::test_node_loss
 
 lock:  ## resolve requirements/*.lock again
 	$(PYTHON) -m venv build/lock && build/lock/bin/pip -q install uv

@@ -165,10 +165,10 @@ class KindSite:
             await asyncio.to_thread(cluster.create, config)
 
     async def _delete(self, cluster: PytestKind) -> None:
-        names = await self.containers()
+        loops = [device for name in await self.containers() for device in loops_of(name)]
         await asyncio.to_thread(cluster.delete)
-        for name in names:
-            await self.free_loops(name)
+        for device in loops:
+            await free(device)
 
     async def containers(self) -> list[str]:
         """The names of the nodes, which are those of their containers."""
@@ -206,22 +206,19 @@ class KindSite:
 
     async def kill_node(self, node: str) -> None:
         """Power off: everything on the node ends at once."""
-        await self.engine.run("kill", node)
-        await self.free_loops(node)
+        await self._power_off(node, "kill")
 
     async def stop_node(self, node: str) -> None:
         """Stop a node's container in order, as `docker stop` does."""
-        await self.engine.run("stop", "--time", "30", node)
-        await self.free_loops(node)
+        await self._power_off(node, "stop", "--time", "30")
 
-    async def free_loops(self, node: str) -> None:
-        """Detach the loop devices of a node that is off.
-
-        A machine that loses power takes its loop devices with it; a container leaves them to the
-        kernel, over files of a process that is gone.
-        """
-        for device in loops_of(node):
-            await run(["losetup", "--detach", str(device)], dict(os.environ), COMMAND_TIMEOUT_S)
+    async def _power_off(self, node: str, *command: str) -> None:
+        # A machine that loses power takes its loop devices with it; a container leaves them to the
+        # kernel, over files of a process that is gone and that have lost their path with it.
+        loops = loops_of(node)
+        await self.engine.run(*command, node)
+        for device in loops:
+            await free(device)
 
     async def start_node(self, node: str) -> None:
         """Power on again."""
@@ -236,6 +233,12 @@ def loops_of(node: str, blocks: Path = Path("/sys/block")) -> list[Path]:
             if f"/{node}/" in entry.read_text():
                 found.append(Path("/dev") / entry.parts[-3])
     return found
+
+
+async def free(device: Path) -> None:
+    """Detach a loop device, unless it is gone by itself."""
+    with contextlib.suppress(ProcessError):
+        await run(["losetup", "--detach", str(device)], dict(os.environ), COMMAND_TIMEOUT_S)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def key() -> str:
     total = hashlib.sha256("\n".join(versions).encode())
     here = Path(__file__).resolve().parent
     for path in sorted([*files_dir().iterdir(), *here.glob("*.py")]):
-        if path.is_file() and path.suffix != ".md":
+        if path.is_file() and path.suffix != ".md" and not path.stem.startswith("__"):
             total.update(path.name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:KEY_LENGTH]
 

@@ -1,0 +1,131 @@
+"""Nodes are stopped, killed and drained under a database: data stays, I/O goes on."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import pytest_asyncio
+from kindharness import Database, Installed, tell, wait_storage_nodes
+
+pytestmark = [pytest.mark.kind, pytest.mark.asyncio(loop_scope="session")]
+STALL_S_MAX = 3.0
+ELSEWHERE_S_MAX = 60.0
+NOT_READY_S_MAX = 180.0
+DRAIN_S_MAX = 120.0
+TAINT = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def database(installed: Installed, request):
+    """A database that commits, all of whose replicas are in sync."""
+    found = Database(installed.site, request.node.name.removeprefix("test_").replace("_", "-")[:40])
+    await found.start()
+    await found.in_sync()
+    yield found
+    await found.remove()
+
+
+async def move(database: Database) -> tuple[str, str]:
+    """Have the pod go to another node; returns where it was and where it is."""
+    kubectl = database.site.kubectl
+    old = await database.where()
+    await kubectl.run("cordon", old)
+    try:
+        await kubectl.delete("pod", database.pod)
+        await database.commits(1)
+    finally:
+        await kubectl.run("uncordon", old)
+    new = await database.where()
+    assert new != old
+    return old, new
+
+
+async def come_back(database: Database, node: str) -> None:
+    """Power a node on again and wait until its replica has caught up."""
+    site = database.site
+    await site.start_node(node)
+    await site.wait_nodes()
+    await wait_storage_nodes(site)
+    await database.in_sync()
+
+
+async def test_node_loss(database: Database):
+    """The worker with the pod on it loses power: the pod goes on elsewhere with every commit."""
+    site = database.site
+    node = await database.where()
+    await database.commits(50)
+    before = len(database.acks())
+    tell(f"{before} commits acknowledged; {node} loses power")
+    killed_s = time.monotonic()
+    await site.kill_node(node)
+    wait = ["wait", f"node/{node}", "--for=condition=Ready=Unknown"]
+    await site.kubectl.run(*wait, f"--timeout={NOT_READY_S_MAX:.0f}s", timeout_s=NOT_READY_S_MAX)
+    tell(f"Kubernetes says that the node is not ready after {time.monotonic() - killed_s:.1f} s")
+    tainted_s = time.monotonic()
+    await site.kubectl.run("taint", "node", node, TAINT)
+    await database.commits(1, timeout_s=ELSEWHERE_S_MAX)
+    elsewhere_s = time.monotonic() - tainted_s
+    there = await database.where()
+    tell(f"taint to the first commit on {there}: {elsewhere_s:.1f} s")
+    assert there != node
+    assert elsewhere_s <= ELSEWHERE_S_MAX
+    await site.start_node(node)
+    await site.wait_nodes()
+    await site.kubectl.run("taint", "node", node, f"{TAINT}-")
+    await wait_storage_nodes(site)
+    await database.in_sync()
+    verdict = await database.verify()
+    tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
+
+
+async def test_moved_pod_finds_its_data(database: Database):
+    """A pod that is started on another node goes on where it was."""
+    await database.commits(20)
+    started_s = time.monotonic()
+    old, new = await move(database)
+    tell(f"{old} -> {new}: {time.monotonic() - started_s:.1f} s until it commits again")
+    verdict = await database.verify()
+    tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
+
+
+async def test_primary_stops(database: Database):
+    """The worker that holds the primary is stopped; the pod elsewhere sees no more than a pause."""
+    site = database.site
+    await move(database)
+    await database.in_sync()
+    node = await database.where()
+    before = await database.config()
+    primary = str(before["primary"]["node"])
+    assert primary != node, "the primary has gone with the pod: nothing to show"
+    await database.commits(20)
+    started_ns = time.monotonic_ns()
+    await site.stop_node(primary)
+    await database.commits(20)
+    stall_s = database.stall_s(started_ns)
+    after = await database.config()
+    tell(f"{primary} stopped, {after['primary']['node']} serves; longest stall {stall_s:.2f} s")
+    assert after["epoch"] > before["epoch"]
+    assert await database.restarts() == 0
+    assert stall_s <= STALL_S_MAX
+    await come_back(database, primary)
+    verdict = await database.verify()
+    tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
+
+
+async def test_drain(database: Database):
+    """A worker is drained: nothing of ours blocks it, and the database sees no error."""
+    site = database.site
+    node = await database.where()
+    words = ["drain", node, "--ignore-daemonsets", "--delete-emptydir-data"]
+    started_s = time.monotonic()
+    try:
+        await site.kubectl.run(*words, f"--timeout={DRAIN_S_MAX:.0f}s", timeout_s=DRAIN_S_MAX + 10)
+        tell(f"{node} drained in {time.monotonic() - started_s:.1f} s")
+        await database.commits(20)
+        assert await database.where() != node
+        assert await database.restarts() == 0
+    finally:
+        await site.kubectl.run("uncordon", node)
+    verdict = await database.verify()
+    tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
