@@ -8,6 +8,8 @@ mod directory;
 mod service;
 mod status;
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,6 +27,8 @@ use crate::pb::engine::engine_server::EngineServer;
 const REQUEST_BYTES_MAX: usize = 4 << 20;
 /// Largest answer: the checksums of a large volume.
 const RESPONSE_BYTES_MAX: usize = 256 << 20;
+/// Of the socket: for its owner and its group.
+const SOCKET_MODE: u32 = 0o660;
 
 /// Serves the control API until `stop` is done. A socket that a dead engine left is replaced; who
 /// else could listen there has no lock of the state directory.
@@ -33,14 +37,7 @@ pub async fn serve(
     service: Arc<Service>,
     stop: impl Future<Output = ()>,
 ) -> std::io::Result<()> {
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    if let Some(folder) = socket.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    let listener = UnixListener::bind(socket)?;
+    let listener = listen(socket)?;
     info!(socket = %socket.display(), "the control API is there");
     let server = EngineServer::from_arc(service)
         .max_decoding_message_size(REQUEST_BYTES_MAX)
@@ -50,4 +47,18 @@ pub async fn serve(
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
         .await
         .map_err(std::io::Error::other)
+}
+
+/// Who is in the folder's group may connect: the agent need not be root.
+fn listen(socket: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    if let Some(folder) = socket.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, Permissions::from_mode(SOCKET_MODE))?;
+    Ok(listener)
 }
