@@ -42,6 +42,15 @@ def test_only_dockers_rules_and_chains_are_taken_out():
     assert traces.forward_policy("") == "ACCEPT"
 
 
+def test_only_loop_devices_over_files_without_a_path_are_dead(tmp_path):
+    backings = ("/volume", str(tmp_path / "alive"), "/tmp/x/gone (deleted)", "/etc")
+    for number, backing in enumerate(backings):
+        folder = tmp_path / f"loop{number}" / "loop"
+        folder.mkdir(parents=True)
+        (folder / "backing_file").write_text(f"{backing}\n")
+    assert [str(device) for device in traces.dead_loops(tmp_path)] == ["/dev/loop0"]
+
+
 def test_the_version_of_a_package_is_what_apt_would_install():
     said = "x:\n  Installed: (none)\n  Candidate: 20.10.24+dfsg1-1\n  Version table:\n"
     assert debian.candidate(said) == "20.10.24+dfsg1-1"

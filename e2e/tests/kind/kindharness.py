@@ -247,6 +247,11 @@ class Database:
 
         await until(synced, timeout_s, f"all replicas of {name} are in sync")
 
+    async def replicas(self) -> str:
+        """The states of its volume's replicas, in words."""
+        found = (await self.site.kubectl.get("tvol", await self.volume()))["status"]["replicas"]
+        return ", ".join(f"{each['node']} {each['state']}" for each in found)
+
     def stall_s(self, from_ns: int) -> float:
         """The longest time without a commit since a moment."""
         return longest_stall_s(self.acks(), from_ns, time.monotonic_ns())

@@ -1,8 +1,9 @@
-"""Takes away what a Docker daemon leaves in the kernel: bridges, packet rules, a cgroup, a switch.
+"""Takes away what a Docker daemon leaves in the kernel: bridges, packet rules, a switch, devices.
 
 `before` notes how things were; `python -m tercet_e2e.docker.traces STATE` makes them so again when
 every process of the engine has ended (`cleanup.clean` runs it, also for the reaper). Rules are
 found by Docker's own names and by the engine's bridges, so that what others added meanwhile stays.
+A container that used loop devices leaves them over files that have gone with it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 BEFORE = "traces.json"
 TABLES = ("nat", "filter", "raw", "mangle")
+BLOCKS = Path("/sys/block")
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 COMMAND_TIMEOUT_S = 30.0
 
@@ -62,6 +64,21 @@ def removals(saved: str, ours: Iterable[str]) -> list[list[str]]:
     return rules + [["-X", chain] for chain in chains]
 
 
+def dead_loops(blocks: Path = BLOCKS) -> list[Path]:
+    """Loop devices over files that have lost their path: the mount that they were on is gone.
+
+    Of such a file the kernel knows only the name within its file system; one that has a path here
+    is left alone, and so is one that was deleted, which whoever has it open may still use.
+    """
+    found = []
+    for entry in sorted(blocks.glob("loop*/loop/backing_file")):
+        with contextlib.suppress(OSError):
+            path = Path(entry.read_text().rstrip("\n"))
+            if path.parent == Path("/") and not path.exists():
+                found.append(Path("/dev") / entry.parts[-3])
+    return found
+
+
 def _run(command: list[str], environment: Mapping[str, str]) -> str:
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
@@ -93,6 +110,8 @@ def remove(found: Before) -> None:
     _run(["iptables", "-P", "FORWARD", str(found["policy"])], environment)
     for name in fresh:
         _run(["ip", "link", "delete", name], environment)
+    for device in dead_loops():
+        _run(["losetup", "--detach", str(device)], environment)
     FORWARDING.write_text(str(found["forwarding"]))
 
 
