@@ -101,5 +101,11 @@ $(VENV)/.own: $(VENV)/.packages $(foreach p,$(PACKAGES),$(p)/pyproject.toml) \
 .PHONY: engine
 engine: $(VENV)/.packages
 	@echo "== tercet-engine and tercet-attach (release)"
+	@# Checkouts share what is compiled, and cargo knows by times alone what is stale: it would take
+	@# the crates of another checkout for this one's.
+	@mkdir -p $(CARGO_TARGET_DIR)
+	@test "$$(cat $(CARGO_TARGET_DIR)/.checkout 2>/dev/null)" = "$(CURDIR)" \
+	  || find node-daemon -name target -prune -o -type f -exec touch {} +
+	@echo "$(CURDIR)" > $(CARGO_TARGET_DIR)/.checkout
 	$(CARGO) build $(MANIFEST) --release --locked -p tercet-engine --bins
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps ./node-daemon/crates/engine

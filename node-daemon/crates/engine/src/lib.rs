@@ -10,6 +10,7 @@ pub mod control;
 pub mod core;
 pub mod host;
 pub mod logging;
+pub mod offline;
 pub mod opener;
 pub mod outbox;
 pub mod pb;

@@ -10,7 +10,7 @@ use tercet_reactor::{Event, Reactor, Settings, StreamId, StreamLimits, mailbox, 
 
 const LIMITS: StreamLimits =
     StreamLimits { send_queue_bytes_max: 1 << 20, unacknowledged_max: Duration::from_secs(10) };
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 fn reactor() -> Reactor {
     Reactor::new(Settings { spin: Duration::from_micros(20) }).expect("a ring")

@@ -1,7 +1,6 @@
 //! The faults: each kind begins at its time and ends by itself, or when all is healed.
 
 use rand::Rng;
-use tercet_proto::Place;
 use tercet_replication::api::{Control, ReplicaStatus};
 use tercet_shard::{OpenReport, Shard};
 
@@ -261,13 +260,12 @@ impl World {
         let statuses = self.nodes[node].shard().map(Shard::statuses).unwrap_or_default();
         for (volume, tail) in before {
             let after = statuses.iter().find(|status| status.volume == volume);
-            // A replica whose making itself is lost answers "none" and counts nowhere (T9).
-            let lost = match after {
-                None => tail != Place::EMPTY,
-                Some(after) => after.tail < tail && !after.incomplete,
-            };
+            // A replica whose making itself is lost answers "none" and counts nowhere (T9), whatever
+            // it had acknowledged.
+            let Some(after) = after else { continue };
+            let lost = after.tail < tail && !after.incomplete;
             if lost && !report.damaged.contains(&volume) {
-                let (name, after) = (&self.nodes[node].name, after.map(|after| after.tail));
+                let (name, after) = (&self.nodes[node].name, after.tail);
                 self.violate(format!(
                     "{name} had {tail:?} and starts with {after:?} as if whole: damage taken for a \
                      torn end (R1)"

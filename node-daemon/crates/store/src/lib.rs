@@ -9,6 +9,7 @@
 
 pub mod arena;
 pub mod disk;
+pub mod inspect;
 pub mod options;
 pub mod simdisk;
 pub mod store;

@@ -51,16 +51,7 @@ impl Store {
         for block in order(superblock.generation) {
             io.write(block, &*superblock.encode(), true)?;
         }
-        let slot = read_slot(&mut io, &superblock)?;
-        let strict = is_strict(&options);
-        let mut store = Self::with(options, superblock, slot.log_start);
-        let pending = Root::read(&mut io, &slot, &store.superblock)?.fill(&mut io, &mut store)?;
-        let data = |run: Run| store.alloc.contains(run);
-        let scan = scan(&mut io, store.superblock.store, store.log.ring, &data, &slot, strict)?;
-        store.checkpoint_durable = slot.sequence;
-        store.log_before_start = (slot.previous, slot.previous_crc);
-        store.log.previous = store.log_before_start;
-        let mut report = Replay::new(&mut store, slot.frozen, pending).run(scan);
+        let (mut store, mut report) = load(&mut io, options, superblock)?;
         report.previous_instance = (previous.as_bytes() != &[0; 16]).then_some(previous);
         for volume in &report.damaged {
             let incomplete = store.replicas[volume].incomplete;
@@ -70,6 +61,25 @@ impl Store {
         store.changed = !store.log.records.is_empty();
         Ok((store, report))
     }
+}
+
+/// The state that the newest checkpoint and the log behind it say. Writes nothing.
+pub(crate) fn load(
+    io: &mut Io<'_>,
+    options: Options,
+    superblock: Superblock,
+) -> Result<(Store, OpenReport), OpenError> {
+    let slot = read_slot(io, &superblock)?;
+    let strict = is_strict(&options);
+    let mut store = Store::with(options, superblock, slot.log_start);
+    let pending = Root::read(io, &slot, &store.superblock)?.fill(io, &mut store)?;
+    let data = |run: Run| store.alloc.contains(run);
+    let scan = scan(io, store.superblock.store, store.log.ring, &data, &slot, strict)?;
+    store.checkpoint_durable = slot.sequence;
+    store.log_before_start = (slot.previous, slot.previous_crc);
+    store.log.previous = store.log_before_start;
+    let report = Replay::new(&mut store, slot.frozen, pending).run(scan);
+    Ok((store, report))
 }
 
 /// The older copy is overwritten first, so that one is whole at any moment.
@@ -88,7 +98,7 @@ fn is_strict(options: &Options) -> bool {
     options.canary != Some(crate::options::Canary::TornTailForDamage)
 }
 
-fn read_superblock(io: &mut Io<'_>) -> Result<Superblock, OpenError> {
+pub(crate) fn read_superblock(io: &mut Io<'_>) -> Result<Superblock, OpenError> {
     let mut found: Option<Superblock> = None;
     let mut why = Vec::new();
     for block in SUPERBLOCK_BLOCKS {
@@ -104,7 +114,7 @@ fn read_superblock(io: &mut Io<'_>) -> Result<Superblock, OpenError> {
     found.ok_or_else(|| OpenError::Superblock(why.join(", ")))
 }
 
-fn check_superblock(
+pub(crate) fn check_superblock(
     found: &Superblock,
     options: &Options,
     capacity_blocks: u32,

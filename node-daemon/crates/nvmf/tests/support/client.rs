@@ -14,7 +14,7 @@ use tercet_nvmf::names::volume_nqn;
 use super::{Node, Wire, now, turn_clock, volume};
 
 /// Longest that anything in a test may take.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A host.
 pub struct Client {
