@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use rustix::fs::{
     FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, fallocate, flock, fstat,
-    open, seek,
+    mkdir, open, seek,
 };
 use rustix::io::Errno;
 use thiserror::Error;
@@ -175,6 +175,9 @@ fn open_locked(path: &Path, create: bool) -> Result<(OwnedFd, DeviceKind), Devic
     let direct = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
     let flags = if create { direct | OFlags::CREATE } else { direct };
     let mode = Mode::RUSR | Mode::WUSR;
+    if create {
+        make_folder(path)?;
+    }
     let fd = open(path, flags, mode).map_err(system(path, "open it with O_DIRECT"))?;
     let stat = fstat(&fd).map_err(system(path, "look at it"))?;
     let (fd, kind) = match FileType::from_raw_mode(stat.st_mode) {
@@ -195,6 +198,16 @@ fn open_locked(path: &Path, create: bool) -> Result<(OwnedFd, DeviceKind), Devic
         Ok(()) => Ok((fd, kind)),
         Err(Errno::WOULDBLOCK) => Err(DeviceError::Locked { path: path.to_path_buf() }),
         Err(errno) => Err(system(path, "lock it")(errno)),
+    }
+}
+
+/// Makes the folder of a file that may be made, as on a fresh node. Only the last one: where more is
+/// missing, something is not mounted, and the data would land on the disk below.
+fn make_folder(path: &Path) -> Result<(), DeviceError> {
+    let Some(folder) = path.parent() else { return Ok(()) };
+    match mkdir(folder, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(errno) => Err(system(path, "make its folder")(errno)),
     }
 }
 

@@ -130,6 +130,20 @@ fn unlocked(wanted: &OpenDevice) -> Device {
 }
 
 #[test]
+fn a_fresh_nodes_folder_is_made_with_the_file_but_no_more_than_that() {
+    let folder = Folder::new("fresh");
+    let wanted =
+        |path: PathBuf, create_bytes| OpenDevice { path, create_bytes, discard: Discard::Punch };
+    let path = folder.0.join("devices").join("d0");
+    assert!(Device::open(&wanted(path.clone(), None)).is_err(), "what is to be there is not made");
+    assert!(!folder.0.join("devices").exists());
+    Device::open(&wanted(path, Some(64 * MIB))).expect("a file in a folder of its own");
+    let deep = folder.0.join("not-mounted").join("devices").join("d0");
+    assert!(Device::open(&wanted(deep, Some(64 * MIB))).is_err());
+    assert!(!folder.0.join("not-mounted").exists());
+}
+
+#[test]
 fn regions_of_a_device_do_not_overlap_and_share_its_lock() {
     let folder = Folder::new("regions");
     let wanted = folder.device(8 * MIB);
