@@ -145,6 +145,11 @@ async def test_uninstall_leaves_nothing(installed: Installed):
     """The last: no object, no file, no mount and no loop device stays."""
     site = installed.site
     kubectl = site.kubectl
+
+    async def no_volume() -> bool:  # while there is one, the uninstallation is refused
+        return not await kubectl.list("volumes.tercet.io")
+
+    await until(no_volume, API_TIMEOUT_S, "the volumes of the tests before are gone")
     words = ["uninstall", RELEASE, "-n", NAMESPACE, "--wait", "--timeout=300s"]
     with site.step("helm uninstall"):
         await site.helm(*words, timeout_s=310)
