@@ -95,7 +95,12 @@ async def test_an_illegal_step_of_a_configuration_is_refused_by_the_api_server(k
                 "patch", "tvol", volume, "--subresource=status", "--type=merge", "-p", patch
             )
         assert "nvalid" in str(refused.value), what
-    assert (await kubectl.get("tvol", volume))["status"]["config"] == before
+    # Its own next steps (Active, a take-over on a slow machine) are legal and may have come meanwhile.
+    after = (await kubectl.get("tvol", volume))["status"]["config"]
+    assert after["epoch"] >= before["epoch"]
+    assert after["members"] == before["members"]
+    assert after["primary"] == before["primary"] or after["epoch"] > before["epoch"]
+    assert after["primary"]["node"] != "nobody"
     await kubectl.delete("pvc", "victim")
 
 
@@ -123,8 +128,8 @@ def make_noise(address: tuple[str, int], *, ends: bool) -> None:
     `ends`: say that nothing follows, without which an HTTP server may wait for the rest.
     """
     for garbage in GARBAGE:
-        with socket.create_connection(address, timeout=5) as connection:
-            connection.settimeout(20)
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.settimeout(60)
             try:
                 connection.sendall(garbage)
                 if ends:
@@ -150,7 +155,7 @@ async def test_garbage_on_every_port_harms_nobody(cluster: LocalCluster, kubectl
     ]
     await asyncio.gather(*noises)
     for host, port in http:
-        with urllib.request.urlopen(f"http://{host}:{port}/healthz", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}/healthz", timeout=60) as answer:
             assert answer.status == 200, (host, port)
     assert pids(cluster) == before
     await kubectl.apply(claim("after-noise", "64Mi", storage_class="now"))

@@ -29,7 +29,7 @@ from tercet_e2e.workload import read_acks
 Json = dict[str, Any]
 T = TypeVar("T")
 
-SOON_S = 60.0
+SOON_S = 180.0
 SPACE_BACK_S = 90.0
 PAUSE_S = 0.1
 DEVICE = "/dev/vol"

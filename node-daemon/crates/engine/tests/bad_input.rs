@@ -43,7 +43,7 @@ type Spoil = Box<dyn Fn(&mut pb::ConfigureRequest)>;
 /// The connection ends, soon, whatever is sent.
 fn make_noise(address: SocketAddr, noise: &[u8]) {
     let mut stream = TcpStream::connect(address).expect("it listens");
-    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    stream.set_read_timeout(Some(common::PATIENCE)).expect("a timeout");
     // It may be closed before everything is written, which is as good.
     let _ = stream.write_all(noise);
     let mut answer = Vec::new();
@@ -78,7 +78,7 @@ async fn garbage_on_every_port_ends_the_connection_and_nothing_else() {
     .await;
     let after: Vec<_> = cluster.nodes.iter().map(common::Node::engine_pid).collect();
     assert_eq!(pids, after, "no engine went down {}", cluster.logs());
-    assert!(cluster.serving(volume).await.is_some(), "the volume is served as before");
+    cluster.wait_serving(volume, None).await;
     let log = cluster.nodes[0].log();
     assert!(log.contains("a host's connection is closed"), "{log}");
     assert!(log.contains("a replication connection is refused"), "{log}");

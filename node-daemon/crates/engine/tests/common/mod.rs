@@ -8,7 +8,7 @@ pub mod objects;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use tercet_proto::VolumeId;
 use uuid::Uuid;
 
 /// How long anything may take that a test waits for.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 pub const DEVICE_BYTES: u64 = 256 << 20;
 
 /// Runs what blocks beside the agents.
@@ -67,12 +67,14 @@ impl Node {
     }
 }
 
-/// Three ports that are free on every address from 127.0.0.1 on.
-fn free_ports() -> pb::Ports {
-    let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let sockets = [0; 3].map(|_| TcpListener::bind(any).expect("a free port"));
-    let [a, b, c] = sockets.map(|s| u32::from(s.local_addr().expect("its port").port()));
-    pb::Ports { nvme_tcp: a, discovery: b, replication: c }
+/// Below the ports that the kernel gives to outgoing connections: nobody else takes one between two
+/// lives of an engine.
+const PORTS: pb::Ports = pb::Ports { nvme_tcp: 14420, discovery: 18009, replication: 14421 };
+
+/// A loopback network of a cluster's own: clusters of other tests and runs have the same ports.
+fn network(id: Uuid) -> [u8; 3] {
+    let [a, b, ..] = *id.as_bytes();
+    [127, 128 | a, b]
 }
 
 pub fn spawn(dir: &Path, name: &str, socket: &Path, reactors: usize) -> Child {
@@ -101,16 +103,17 @@ impl Cluster {
 
     /// Engines that are told nothing yet; `prepare` sees each node's folder before its start.
     pub fn prepare(name: &str, reactors: usize, prepare: impl Fn(u8, &Path)) -> Self {
-        let unique = format!("tercet-{name}-{}", std::process::id());
+        let id = Uuid::new_v4(); // a process's number comes again, and may find a failed run's folder
+        let unique = format!("tercet-{name}-{}", id.simple());
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(unique);
-        let ports = free_ports();
         let mut cluster = Self {
             dir,
             objects: Arc::new(Objects::default()),
             nodes: Vec::new(),
-            ports,
-            id: Uuid::new_v4(),
+            ports: PORTS,
+            id,
         };
+        let [a, b, c] = network(id);
         for number in 1..=3_u8 {
             let name = format!("node-{number}");
             let dir = cluster.dir.join(&name);
@@ -119,7 +122,7 @@ impl Cluster {
             // Short: a socket's path is.
             let socket = std::env::temp_dir().join(format!("{}.sock", Uuid::new_v4().simple()));
             let supervisor = spawn(&dir, &name, &socket, reactors);
-            let address = IpAddr::V4(Ipv4Addr::new(127, 0, 0, number));
+            let address = IpAddr::V4(Ipv4Addr::new(a, b, c, number));
             let node = Node { name, address, dir, socket, supervisor, agent: None };
             cluster.nodes.push(node);
         }
@@ -241,6 +244,27 @@ impl Cluster {
             let logs = || self.logs();
             assert!(start.elapsed() < PATIENCE, "nobody serves {volume}: {}", logs());
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Asks the node that serves the volume, again when another has taken over meanwhile.
+    pub async fn ask_primary<T, F: Future<Output = Result<tonic::Response<T>, tonic::Status>>>(
+        &self,
+        volume: Uuid,
+        call: impl Fn(agent::Client) -> F,
+    ) -> T {
+        let start = Instant::now();
+        loop {
+            let primary = self.wait_serving(volume, None).await;
+            let Some(client) = self.agent_of(primary).client().await else {
+                continue;
+            };
+            match call(client).await {
+                Ok(answer) => return answer.into_inner(),
+                Err(status) if status.code() == tonic::Code::FailedPrecondition => {}
+                Err(status) => panic!("{status} {}", self.logs()),
+            }
+            assert!(start.elapsed() < PATIENCE, "no primary does it {}", self.logs());
         }
     }
 
