@@ -69,6 +69,11 @@ async fn a_killed_engines_device_is_whole_until_a_bit_rots() {
         host.wait_ready(Duration::from_secs(20)).expect("a usable path");
         let range = BlockRange { start: 64, count: BLOCKS };
         host.run(Operation::Write(range, payload())).expect("written");
+        // The next record's mark covers the first one's extents: from now on what rots there is
+        // damage and not the torn end of a log (R1).
+        let next = BlockRange { start: 0, count: 1 };
+        let block = Bytes::from(vec![1; BLOCK_BYTES]);
+        host.run(Operation::Write(next, block)).expect("written");
     })
     .await;
 
