@@ -95,7 +95,7 @@ async def test_an_illegal_step_of_a_configuration_is_refused_by_the_api_server(k
                 "patch", "tvol", volume, "--subresource=status", "--type=merge", "-p", patch
             )
         assert "nvalid" in str(refused.value), what
-    # Its own next steps (Active, a take-over on a slow machine) are legal and may have come meanwhile.
+    # Its own next steps (Active, a take-over on a slow machine) are legal and may have come.
     after = (await kubectl.get("tvol", volume))["status"]["config"]
     assert after["epoch"] >= before["epoch"]
     assert after["members"] == before["members"]
