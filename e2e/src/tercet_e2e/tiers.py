@@ -82,7 +82,7 @@ def tiers() -> tuple[Tier, ...]:
         Tier(
             "python",
             "unit and property tests",
-            (pytest("-m", "not local and not cluster and not kind"),),
+            (pytest("-m", "not local and not cluster and not kind and not vm"),),
         ),
         Tier(
             "rust",

@@ -19,7 +19,13 @@ from tercet_e2e.binaries import Progress, cache_dir
 from tercet_e2e.errors import BinaryError
 
 COMMAND_TIMEOUT_S = 900.0
-LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib")
+LIBRARIES = (
+    "usr/lib/x86_64-linux-gnu",
+    "lib/x86_64-linux-gnu",
+    "usr/lib/aarch64-linux-gnu",
+    "lib/aarch64-linux-gnu",
+    "usr/lib",
+)
 TAIL_LINES = 10
 
 
@@ -65,7 +71,9 @@ def version_of(package: str) -> str:
 def unpacked(package: str, progress: Progress, cache: Path | None = None) -> Path:
     """The folder with a package and what it lacks here, as below `/`; kept by version."""
     version = version_of(package)
-    target = (cache or cache_dir()) / "debian" / f"{package}-{version}"
+    # As dpkg does: a colon would end the folder's name in a list of folders.
+    folder = f"{package}-{version.replace(':', '%3a')}"
+    target = (cache or cache_dir()) / "debian" / folder
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{package}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

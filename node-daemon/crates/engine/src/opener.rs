@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use tercet_reactor::{Device, DeviceError, Discard, OpenDevice, now};
+use tercet_reactor::{Device, DeviceError, Discard, OpenDevice, Place, now};
 use tracing::{error, info};
 
 use crate::control::Directory;
@@ -90,7 +90,9 @@ fn open_until_done(directory: &Directory, plan: &Plan, number: u16) {
         }
     };
     let locked_at = now();
-    info!(device = wanted.id, bytes = device.capacity_bytes(), "the device is locked");
+    let (path, kind) = (device.path().display(), device.kind());
+    let bytes = device.capacity_bytes();
+    info!(device = wanted.id, %path, ?kind, bytes, "the device is locked");
     tell(directory, number, "");
     for region in 0..plan.shards_per_device {
         let shard = NewShard {
@@ -119,14 +121,13 @@ fn tell(directory: &Directory, number: u16, message: &str) {
 }
 
 fn to_open(device: &DevicePlan) -> OpenDevice {
-    match &device.source {
-        DeviceSource::File { path, capacity_bytes } => OpenDevice {
-            path: path.clone(),
-            create_bytes: Some(*capacity_bytes),
-            discard: Discard::Keep,
-        },
-        DeviceSource::Block { path } => {
-            OpenDevice { path: path.clone(), create_bytes: None, discard: Discard::Punch }
+    let (place, create_bytes) = match &device.source {
+        DeviceSource::File { path, capacity_bytes } => {
+            (Place::Path(path.clone()), Some(*capacity_bytes))
         }
-    }
+        DeviceSource::Block { path } => (Place::Path(path.clone()), None),
+        DeviceSource::Nvme { nguid } => (Place::Nguid(*nguid), None),
+    };
+    let discard = if create_bytes.is_some() { Discard::Keep } else { Discard::Punch };
+    OpenDevice { place, create_bytes, discard }
 }

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use tercet_reactor::Nguid;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -67,11 +68,40 @@ pub enum DeviceSource {
         /// Its size.
         capacity_bytes: u64,
     },
-    /// A block device.
+    /// A block device, or the generic device of an `NVMe` namespace.
     Block {
         /// Its path.
         path: PathBuf,
     },
+    /// An `NVMe` namespace, past the block layer.
+    Nvme {
+        /// What it is, wherever it is.
+        #[serde(with = "as_text")]
+        nguid: Nguid,
+    },
+}
+
+/// What has a text of its own is kept as that.
+mod as_text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(
+        value: &impl Display,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+    where
+        T: FromStr<Err: Display>,
+        D: Deserializer<'de>,
+    {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
 }
 
 /// A peer.
@@ -89,14 +119,6 @@ pub enum PlanError {
     /// A field that can never be so.
     #[error("{field}: {why}")]
     Invalid {
-        /// The field.
-        field: String,
-        /// Why not.
-        why: String,
-    },
-    /// Something that this engine cannot do.
-    #[error("{field}: {why}")]
-    Unsupported {
         /// The field.
         field: String,
         /// Why not.
@@ -226,10 +248,10 @@ fn source(field: &str, device: &pb::Device) -> Result<DeviceSource, PlanError> {
             Ok(DeviceSource::File { path, capacity_bytes: bytes })
         }
         Some(Source::Path(path)) => Ok(DeviceSource::Block { path: absolute(field, path)? }),
-        Some(Source::Nguid(_)) => Err(PlanError::Unsupported {
-            field: field.to_owned(),
-            why: "this engine finds devices by path only, not yet by NGUID".to_owned(),
-        }),
+        Some(Source::Nguid(text)) => {
+            let nguid = text.parse().map_err(|why: String| invalid(field, why))?;
+            Ok(DeviceSource::Nvme { nguid })
+        }
         None => Err(invalid(field, "needs a file, a path or an NGUID")),
     }
 }
@@ -258,4 +280,35 @@ fn peers(peers: &[pb::Peer], node: &str) -> Result<Vec<PeerPlan>, PlanError> {
         checked.push(PeerPlan { node: peer.node.clone(), address: SocketAddr::new(ip, port) });
     }
     Ok(checked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn by_nguid(text: &str) -> Result<Vec<DevicePlan>, PlanError> {
+        let source = Some(pb::device::Source::Nguid(text.into()));
+        devices(&[pb::Device { id: "d0".into(), source }])
+    }
+
+    #[test]
+    fn a_device_by_nguid_is_kept_as_people_write_it() {
+        let text = "0123456789abcdef0123456789abcdef";
+        let planned = by_nguid(text).expect("a device");
+        let kept = serde_json::to_string(&planned).expect("JSON");
+        assert!(kept.contains(text), "{kept}");
+        let read: Vec<DevicePlan> = serde_json::from_str(&kept).expect("read back");
+        assert_eq!(read, planned);
+        let other = kept.replace(text, "0123");
+        assert!(serde_json::from_str::<Vec<DevicePlan>>(&other).is_err(), "{other}");
+    }
+
+    #[test]
+    fn what_is_no_nguid_is_refused_by_name() {
+        for wrong in ["", "0123", &"0".repeat(32)] {
+            let refusal = by_nguid(wrong).expect_err("refused");
+            assert!(matches!(refusal, PlanError::Invalid { .. }), "{refusal}");
+            assert!(refusal.to_string().starts_with("devices[d0]: "), "{refusal}");
+        }
+    }
 }

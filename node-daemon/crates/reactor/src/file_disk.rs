@@ -1,8 +1,10 @@
-//! Devices of a reactor, and the `Disk` that start-up code uses.
+//! Devices of a reactor, and the `Disk` that start-up code uses. Operations of files and block
+//! devices are here, those of namespaces in `nvme`.
 //!
 //! A write with `fua` carries `RWF_DSYNC`: durable on completion, with one flush at most and none
 //! where the device takes FUA. `Flush` is `fdatasync`. A short read or write (a file system may
-//! split) goes on where it stopped; a file that ends early is a device error.
+//! split) goes on where it stopped; a file that ends early is a device error. Zeroes are written to
+//! a file as any other bytes, so that its space is prepared; a block device is told to write them.
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
@@ -14,19 +16,42 @@ use tercet_proto::Instant;
 use tercet_store::arena::Buf;
 use tercet_store::disk::{Disk, DiskDone, DiskError, DiskOp, DiskToken};
 
-use crate::device::{Device, Discard, SECTOR_BYTES};
+use crate::device::{Device, DeviceKind, Discard, SECTOR_BYTES};
 use crate::operation::{DiskKind, DiskOperation, Operation};
 use crate::reactor::{DiskId, Event, Reactor};
 
-/// A device, and whether the ring knows it by number.
-struct Slot {
-    device: Device,
-    fixed: bool,
+/// Zeroes to write where a device cannot write them by itself.
+#[repr(align(4096))]
+pub(crate) struct Zeroes(pub(crate) [u8; 256 << 10]);
+pub(crate) static ZEROES: Zeroes = Zeroes([0; 256 << 10]);
+
+/// A device, and what the ring knows of it.
+pub(crate) struct Slot {
+    pub(crate) device: Device,
+    /// It is a registered file.
+    pub(crate) fixed: bool,
+    /// It takes registered memory; some kernels do not for a namespace.
+    pub(crate) fixed_buffers: bool,
+}
+
+impl Slot {
+    /// Whether the device has nothing to do for such an operation.
+    fn has_nothing_to_do(&self, kind: DiskKind) -> bool {
+        let nvme = self.device.nvme.as_ref();
+        match kind {
+            DiskKind::Deallocate { .. } => {
+                self.device.discard == Discard::Keep
+                    || nvme.is_some_and(|namespace| namespace.deallocate_bytes_max == 0)
+            }
+            DiskKind::Flush => nvme.is_some_and(|namespace| !namespace.volatile_cache),
+            DiskKind::Read { .. } | DiskKind::Write { .. } | DiskKind::WriteZeroes { .. } => false,
+        }
+    }
 }
 
 #[derive(Default)]
 pub(crate) struct Disks {
-    slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
 }
 
 impl Disks {
@@ -35,7 +60,7 @@ impl Disks {
     }
 
     pub(crate) fn push(&mut self, device: Device, fixed: bool) {
-        self.slots.push(Slot { device, fixed });
+        self.slots.push(Slot { device, fixed, fixed_buffers: true });
     }
 }
 
@@ -59,31 +84,24 @@ impl Reactor {
             DiskOp::Write { offset, data, fua } => (DiskKind::Write { offset, fua }, Some(data)),
             DiskOp::Flush => (DiskKind::Flush, None),
             DiskOp::Deallocate { offset, len } => (DiskKind::Deallocate { offset, len }, None),
+            DiskOp::WriteZeroes { offset, len } => (DiskKind::WriteZeroes { offset, len }, None),
         };
         let slot = &self.disks.slots[disk as usize];
-        let bytes = match (kind, &buf) {
-            (DiskKind::Deallocate { len, .. }, _) => len,
-            (_, Some(buf)) => buf.len() as u64,
-            (_, None) => 0,
-        };
-        let offset = match kind {
-            DiskKind::Read { offset }
-            | DiskKind::Write { offset, .. }
-            | DiskKind::Deallocate { offset, .. } => offset,
-            DiskKind::Flush => 0,
-        };
+        let (offset, bytes) = kind.range(buf.as_ref());
         assert!(offset.is_multiple_of(SECTOR_BYTES), "offsets are multiples of 4,096");
         assert!(bytes.is_multiple_of(SECTOR_BYTES), "lengths are multiples of 4,096");
         assert!(
             offset.checked_add(bytes).is_some_and(|end| end <= slot.device.capacity_bytes),
             "inside the device"
         );
-        let operation = DiskOperation { disk, token, kind, buf, done_bytes: 0 };
-        if matches!(kind, DiskKind::Deallocate { .. }) && slot.device.discard == Discard::Keep {
+        if slot.has_nothing_to_do(kind) {
             let done = DiskDone { token, buf: None, result: Ok(()) };
             return self.backlog.push_back(Event::Disk { disk: DiskId(disk), done });
         }
-        self.start_disk(operation);
+        if slot.device.nvme.is_some() {
+            return self.start_nvme(disk, token, kind, buf);
+        }
+        self.start_disk(DiskOperation { disk, token, kind, buf, done_bytes: 0 });
     }
 
     fn start_disk(&mut self, mut operation: DiskOperation) {
@@ -91,6 +109,7 @@ impl Reactor {
         let fixed_buffers = operation.buf.as_ref().is_some_and(|buf| self.ring.knows(buf));
         let entry = entry(slot, &mut operation, fixed_buffers);
         // SAFETY: the buffer is kept in the operation; its memory is the arena's and does not move.
+        // Zeroes are a constant.
         unsafe { self.start(Operation::Disk(operation), entry) };
     }
 
@@ -100,13 +119,14 @@ impl Reactor {
         result: i32,
         events: &mut Vec<Event>,
     ) {
-        let bytes = operation.buf.as_ref().map_or(0, |buf| buf.len());
+        let device = &self.disks.slots[operation.disk as usize].device;
+        let bytes = bytes_to_move(device.kind, &operation);
         let outcome = match result {
             errno if errno == -libc::EINTR || errno == -libc::EAGAIN => {
                 return self.start_disk(operation);
             }
             error if error < 0 => Err(disk_error(-error)),
-            moved if operation.buf.is_some() => {
+            moved if bytes > 0 => {
                 operation.done_bytes += usize::try_from(moved).expect("a length");
                 if operation.done_bytes < bytes {
                     if moved > 0 {
@@ -120,8 +140,7 @@ impl Reactor {
             _ => Ok(()),
         };
         if let Err(error) = outcome {
-            let path = &self.disks.slots[operation.disk as usize].device.path;
-            let (device, kind) = (path.display(), operation.kind);
+            let (device, kind) = (device.path.display(), operation.kind);
             tracing::error!(%device, ?kind, %error, "device error");
         }
         let done = DiskDone { token: operation.token, buf: operation.buf, result: outcome };
@@ -129,7 +148,17 @@ impl Reactor {
     }
 }
 
-fn disk_error(errno: i32) -> DiskError {
+/// Bytes that completions count; 0: they say only how it went.
+fn bytes_to_move(device: DeviceKind, operation: &DiskOperation) -> usize {
+    match operation.kind {
+        DiskKind::WriteZeroes { len, .. } if device == DeviceKind::File => {
+            usize::try_from(len).expect("64-bit machine")
+        }
+        _ => operation.buf.as_ref().map_or(0, |buf| buf.len()),
+    }
+}
+
+pub(crate) fn disk_error(errno: i32) -> DiskError {
     match errno {
         libc::ENODEV | libc::ENXIO | libc::ESHUTDOWN => DiskError::Gone,
         errno => DiskError::Io(errno),
@@ -156,7 +185,7 @@ fn entry(slot: &Slot, operation: &mut DiskOperation, fixed_buffers: bool) -> squ
         }
         DiskKind::Write { offset, fua } => {
             let buf = operation.buf.as_ref().expect("a write has a buffer");
-            let (pointer, length) = remaining(buf, done);
+            let (pointer, length) = remaining(&buf[done..]);
             let at = slot.device.base_bytes + offset + done as u64;
             let flags = if fua { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
             let flags = flags.bits().cast_signed();
@@ -174,19 +203,38 @@ fn entry(slot: &Slot, operation: &mut DiskOperation, fixed_buffers: bool) -> squ
         DiskKind::Flush => on_file!(slot, index, fd => {
             opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build()
         }),
-        DiskKind::Deallocate { offset, len } => {
-            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            let mode = mode.bits().cast_signed();
+        DiskKind::WriteZeroes { offset, len } if slot.device.kind == DeviceKind::File => {
+            let rest = usize::try_from(len).expect("64-bit machine") - done;
+            let (pointer, length) = remaining(&ZEROES.0[..rest.min(ZEROES.0.len())]);
+            let at = slot.device.base_bytes + offset + done as u64;
             on_file!(slot, index, fd => {
-                let fallocate = opcode::Fallocate::new(fd, len).mode(mode);
-                fallocate.offset(slot.device.base_bytes + offset).build()
+                opcode::Write::new(fd, pointer, length).offset(at).build()
             })
+        }
+        DiskKind::WriteZeroes { offset, len } => {
+            fallocate(slot, index, FallocateFlags::ZERO_RANGE, offset, len)
+        }
+        DiskKind::Deallocate { offset, len } => {
+            fallocate(slot, index, FallocateFlags::PUNCH_HOLE, offset, len)
         }
     }
 }
 
-fn remaining(buf: &Buf, done: usize) -> (*const u8, u32) {
-    let rest = &buf[done..];
+fn fallocate(
+    slot: &Slot,
+    index: u32,
+    mode: FallocateFlags,
+    offset: u64,
+    len: u64,
+) -> squeue::Entry {
+    let mode = (mode | FallocateFlags::KEEP_SIZE).bits().cast_signed();
+    on_file!(slot, index, fd => {
+        let fallocate = opcode::Fallocate::new(fd, len).mode(mode);
+        fallocate.offset(slot.device.base_bytes + offset).build()
+    })
+}
+
+fn remaining(rest: &[u8]) -> (*const u8, u32) {
     (rest.as_ptr(), u32::try_from(rest.len()).expect("a buffer below 4 GiB"))
 }
 

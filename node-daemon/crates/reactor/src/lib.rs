@@ -14,14 +14,16 @@ mod clock;
 mod device;
 mod file_disk;
 mod net;
+mod nvme;
 mod operation;
 mod reactor;
 mod ring;
 mod wake;
 
 pub use clock::now;
-pub use device::{Device, DeviceError, DeviceKind, Discard, OpenDevice};
+pub use device::{Device, DeviceError, DeviceKind, Discard, OpenDevice, Place};
 pub use file_disk::FileDisk;
 pub use net::{ListenerId, StreamId, StreamLimits};
+pub use nvme::Nguid;
 pub use reactor::{DiskId, Event, Reactor, Settings};
 pub use wake::{Inbox, PostError, Postbox, Waker, mailbox};

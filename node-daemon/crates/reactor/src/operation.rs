@@ -5,9 +5,19 @@ use std::net::SocketAddr;
 use tercet_store::arena::Buf;
 use tercet_store::disk::DiskToken;
 
+use crate::nvme::NvmeOperation;
+
 /// An operation that the kernel has. Its place in the table is the completion's user data.
 pub(crate) enum Operation {
     Disk(DiskOperation),
+    /// Not the kernel's: its commands are, each in a place of its own.
+    Nvme(Box<NvmeOperation>),
+    /// Command `index` of the operation in that place.
+    Command {
+        operation: u32,
+        index: u64,
+        fixed_buffer: bool,
+    },
     Accept {
         listener: u32,
     },
@@ -44,6 +54,19 @@ pub(crate) enum DiskKind {
     Write { offset: u64, fua: bool },
     Flush,
     Deallocate { offset: u64, len: u64 },
+    WriteZeroes { offset: u64, len: u64 },
+}
+
+impl DiskKind {
+    /// Where an operation begins, and how long it is, in bytes.
+    pub(crate) fn range(self, buf: Option<&Buf>) -> (u64, u64) {
+        let moved = buf.map_or(0, |buf| buf.len() as u64);
+        match self {
+            Self::Read { offset } | Self::Write { offset, .. } => (offset, moved),
+            Self::Deallocate { offset, len } | Self::WriteZeroes { offset, len } => (offset, len),
+            Self::Flush => (0, 0),
+        }
+    }
 }
 
 /// Operations by number; a slot is used again when its completion has been seen.

@@ -203,14 +203,19 @@ impl Reactor {
     /// # Safety
     /// What the entry points to is kept in the operation, or elsewhere in the reactor until the
     /// operation's completion.
-    pub(crate) unsafe fn start(&mut self, operation: Operation, entry: squeue::Entry) -> u32 {
+    pub(crate) unsafe fn start(
+        &mut self,
+        operation: Operation,
+        entry: impl Into<squeue::Entry128>,
+    ) -> u32 {
         let number = self.operations.insert(operation);
+        let entry: squeue::Entry128 = entry.into();
         // SAFETY: the caller's promise; the reactor waits for the kernel before it is dropped.
         unsafe { self.ring.push(&entry.user_data(u64::from(number))) };
         number
     }
 
-    fn complete(&mut self, completion: &cqueue::Entry, events: &mut Vec<Event>) {
+    fn complete(&mut self, completion: &cqueue::Entry32, events: &mut Vec<Event>) {
         let number = u32::try_from(completion.user_data()).expect("our own number");
         let result = completion.result();
         if let Operation::Accept { listener } = *self.operations.get_mut(number) {
@@ -229,6 +234,10 @@ impl Reactor {
         }
         match self.operations.remove(number) {
             Operation::Disk(operation) => self.disk_completed(operation, result, events),
+            Operation::Command { operation, index, fixed_buffer } => {
+                self.command_completed(operation, index, fixed_buffer, result, events);
+            }
+            Operation::Nvme(_) => unreachable!("the kernel has its commands"),
             Operation::Receive { stream } => self.received(stream, result, events),
             Operation::Send { stream } => self.sent(stream, result, events),
             Operation::Connect { stream, .. } => self.connected(stream, result, events),

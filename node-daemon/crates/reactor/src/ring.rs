@@ -18,9 +18,13 @@ const COMPLETIONS: u32 = 4096;
 /// Most registered files: one for each device of a reactor.
 pub(crate) const FILES_MAX: u32 = 64;
 
+/// Every ring has room for an `NVMe` command in its entries and for its answer in its completions:
+/// which devices a node has is known only when rings run already.
+type Uring = IoUring<squeue::Entry128, cqueue::Entry32>;
+
 /// A ring and what the kernel granted it.
 pub(crate) struct Ring {
-    uring: IoUring,
+    uring: Uring,
     fixed_files: bool,
     /// Registered as buffer 0; after the ring, so that it is unmapped after the ring has gone.
     arena: Option<Arena>,
@@ -81,7 +85,7 @@ impl Ring {
     ///
     /// # Safety
     /// Everything that the entry points to stays valid and untouched until its completion.
-    pub(crate) unsafe fn push(&mut self, entry: &squeue::Entry) {
+    pub(crate) unsafe fn push(&mut self, entry: &squeue::Entry128) {
         loop {
             // SAFETY: the caller's promise.
             if unsafe { self.uring.submission().push(entry) }.is_ok() {
@@ -121,7 +125,7 @@ impl Ring {
         self.deferred && submission.is_empty() && !submission.taskrun() && !submission.cq_overflow()
     }
 
-    pub(crate) fn completion(&mut self) -> Option<cqueue::Entry> {
+    pub(crate) fn completion(&mut self) -> Option<cqueue::Entry32> {
         self.uring.completion().next()
     }
 
@@ -140,10 +144,10 @@ fn again(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN))
 }
 
-fn build() -> io::Result<(IoUring, bool)> {
+fn build() -> io::Result<(Uring, bool)> {
     let mut last = None;
     for (single, deferred) in [(true, true), (true, false), (false, false)] {
-        let mut builder = IoUring::builder();
+        let mut builder = Uring::builder();
         builder.setup_cqsize(COMPLETIONS).setup_clamp().setup_submit_all().dontfork();
         if single {
             builder.setup_single_issuer();

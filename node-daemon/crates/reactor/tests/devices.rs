@@ -1,48 +1,20 @@
-//! Devices of a reactor: data, durability flags, limits, and whose device it is (rule R3).
+//! Devices of a reactor, one suite for all kinds: data, durability flags, limits, and whose device
+//! it is (rule R3).
+
+mod common;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tercet_reactor::{Device, DeviceError, Discard, FileDisk, OpenDevice, Reactor, Settings};
-use tercet_store::arena::{Arena, Buf};
+use common::{Backend, Bench, Folder, MIB, SECTOR, backends, filled};
+use tercet_reactor::{
+    Device, DeviceError, DeviceKind, Discard, FileDisk, Nguid, OpenDevice, Place,
+};
 use tercet_store::disk::{Disk, DiskDone, DiskOp, DiskToken};
-
-const MIB: u64 = 1 << 20;
-
-/// A folder of a test's own, gone afterwards.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let unique = format!("tercet-reactor-{name}-{}", std::process::id());
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(unique);
-        let _ = fs::remove_dir_all(&path); // of a killed run whose number comes again
-        fs::create_dir_all(&path).expect("a folder");
-        Self(path)
-    }
-
-    fn device(&self, bytes: u64) -> OpenDevice {
-        let path = self.0.join("device");
-        OpenDevice { path, create_bytes: Some(bytes), discard: Discard::Punch }
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn filled(arena: &Arena, bytes: usize, value: u8) -> Buf {
-    let mut buf = arena.take(bytes / 4096).expect("room in the arena");
-    buf.fill(value);
-    buf
-}
 
 fn wait_all(disk: &mut FileDisk<'_>, count: usize) -> Vec<DiskDone> {
     let mut done = Vec::new();
@@ -53,19 +25,14 @@ fn wait_all(disk: &mut FileDisk<'_>, count: usize) -> Vec<DiskDone> {
     done
 }
 
-fn round_trip(registered: bool) {
-    let folder = Folder::new(if registered { "fixed" } else { "plain" });
-    let wanted = folder.device(64 * MIB);
-    let arena = Arena::new(16 << 20);
-    let mut reactor = Reactor::new(Settings { spin: Duration::ZERO }).expect("a ring");
-    if registered {
-        assert!(reactor.register_arena(&arena), "root may lock 16 MiB");
-    }
-    let id = reactor.add_disk(Device::open(&wanted).expect("a device")).expect("added");
-    let mut disk = FileDisk::new(&mut reactor, id);
-    assert_eq!(disk.capacity_bytes(), 64 * MIB);
+fn round_trip(backend: &Backend, registered: bool) {
+    let mut bench = Bench::new(backend.open(), 16 << 20, registered);
+    bench.must(vec![DiskOp::WriteZeroes { offset: 0, len: 16 * MIB }]);
+    let arena = bench.arena.clone();
+    let mut disk = bench.file_disk();
+    assert!(disk.capacity_bytes() >= 64 * MIB);
     for block in 0..200_u64 {
-        let data = filled(&arena, 8192, block as u8 + 1);
+        let data = filled(&arena, 2 * SECTOR, block as u8 + 1);
         let fua = block.is_multiple_of(2);
         disk.submit(DiskToken(block), DiskOp::Write { offset: block * 65536, data, fua });
     }
@@ -79,7 +46,7 @@ fn round_trip(registered: bool) {
         assert_eq!(done.result, Ok(()));
     }
     for block in 1..200_u64 {
-        let into = filled(&arena, 12288, 0xee);
+        let into = filled(&arena, 3 * SECTOR, 0xee);
         disk.submit(DiskToken(block), DiskOp::Read { offset: block * 65536, into });
     }
     for done in wait_all(&mut disk, 199) {
@@ -88,52 +55,115 @@ fn round_trip(registered: bool) {
         assert!(buf[..8192].iter().all(|&byte| byte == value), "block {}", done.token.0);
         assert!(buf[8192..].iter().all(|&byte| byte == 0), "nothing was written behind it");
     }
-    let mut seen = [0; 1];
-    let file = fs::File::open(&wanted.path).expect("the file");
-    file.read_exact_at(&mut seen, 7 * 65536).expect("read");
-    assert_eq!(seen[0], 8, "others see it where it belongs");
 }
 
 #[test]
 fn what_is_written_is_read_back_through_registered_memory() {
-    round_trip(true);
+    for backend in backends("fixed", 64 * MIB) {
+        round_trip(&backend, true);
+    }
 }
 
 #[test]
 fn what_is_written_is_read_back_without_registered_memory() {
-    round_trip(false);
+    for backend in backends("plain", 64 * MIB) {
+        round_trip(&backend, false);
+    }
+}
+
+/// Larger than what a drive takes at once, not a multiple of it, up to the device's last byte.
+#[test]
+fn a_large_operation_arrives_whole_and_in_order() {
+    for backend in backends("large", 64 * MIB) {
+        for registered in [true, false] {
+            let mut bench = Bench::new(backend.open(), 16 << 20, registered);
+            let blocks = 1000;
+            let capacity = bench.file_disk().capacity_bytes();
+            let offset = capacity - (blocks * SECTOR) as u64;
+            let mut data = bench.filled(blocks * SECTOR, 0);
+            for (number, block) in (1_u64..).zip(data.chunks_mut(SECTOR)) {
+                block.copy_from_slice(&number.to_le_bytes().repeat(SECTOR / 8));
+            }
+            let written = data.to_vec();
+            bench.must(vec![DiskOp::Write { offset, data, fua: true }]);
+            assert!(bench.read(offset, written.len())[..] == written, "{}", backend.name);
+            let part = bench.read(offset + SECTOR as u64, 200 * SECTOR);
+            assert!(part[..] == written[SECTOR..201 * SECTOR], "{}", backend.name);
+        }
+    }
+}
+
+#[test]
+fn zeroes_and_deallocations_keep_to_their_range() {
+    for backend in backends("ranges", 64 * MIB) {
+        let mut bench = Bench::new(backend.open(), 16 << 20, true);
+        let around = 6 * MIB;
+        for (offset, len) in [(SECTOR as u64, 4 * MIB), (5 * MIB, SECTOR as u64)] {
+            for deallocate in [false, true] {
+                let data = bench.filled(around as usize, 0x5a);
+                bench.must(vec![DiskOp::Write { offset: 0, data, fua: false }]);
+                bench.must(vec![if deallocate {
+                    DiskOp::Deallocate { offset, len }
+                } else {
+                    DiskOp::WriteZeroes { offset, len }
+                }]);
+                let seen = bench.read(0, around as usize);
+                let inside = offset as usize..(offset + len) as usize;
+                let name = &backend.name;
+                assert!(seen[..inside.start].iter().all(|&byte| byte == 0x5a), "{name}: before");
+                assert!(seen[inside.end..].iter().all(|&byte| byte == 0x5a), "{name}: behind");
+                if !deallocate {
+                    assert!(seen[inside].iter().all(|&byte| byte == 0), "{name}: zeroes");
+                }
+            }
+        }
+    }
 }
 
 #[test]
 fn a_device_belongs_to_one_engine() {
-    let folder = Folder::new("lock");
-    let wanted = folder.device(MIB);
-    let first = Device::open(&wanted).expect("a device");
-    let second = Device::open(&wanted);
-    assert!(matches!(second, Err(DeviceError::Locked { .. })), "{second:?}");
-    drop(first);
-    unlocked(&wanted);
+    for backend in backends("lock", 4 * MIB) {
+        let first = backend.open();
+        let second = Device::open(&backend.wanted);
+        assert!(matches!(second, Err(DeviceError::Locked { .. })), "{second:?}");
+        if first.kind() == DeviceKind::Nvme {
+            let generic = first.path().display().to_string();
+            let block = generic.replace("/dev/ng", "/dev/nvme");
+            for name in [&generic, &block] {
+                let other = Device::open(&Backend::named(&format!("path:{name}")).wanted);
+                assert!(matches!(other, Err(DeviceError::Locked { .. })), "{name}: {other:?}");
+            }
+            drop(first);
+            let by_block = Backend::named(&format!("path:{block}")).open();
+            assert_eq!(by_block.kind(), DeviceKind::Block);
+            let other = Device::open(&backend.wanted);
+            assert!(matches!(other, Err(DeviceError::Locked { .. })), "{other:?}");
+        } else {
+            drop(first);
+        }
+        backend.open();
+    }
 }
 
-/// Opens a device that nobody holds any more. Between fork and exec a child that another test starts
-/// holds every descriptor of this process, and so the lock.
-fn unlocked(wanted: &OpenDevice) -> Device {
-    let start = Instant::now();
-    loop {
-        match Device::open(wanted) {
-            Ok(device) => return device,
-            Err(DeviceError::Locked { .. }) => thread::sleep(Duration::from_micros(200)),
-            Err(error) => panic!("{error}"),
-        }
-        assert!(start.elapsed() < Duration::from_mins(1), "the lock becomes free");
-    }
+#[test]
+fn a_namespace_that_is_not_there_is_named() {
+    let nguid: Nguid = "fedcba98765432100123456789abcdef".parse().expect("an NGUID");
+    let place = Place::Nguid(nguid);
+    let absent = OpenDevice { place, create_bytes: None, discard: Discard::Punch };
+    let error = Device::open(&absent).expect_err("not there").to_string();
+    assert!(error.starts_with(&format!("no NVMe namespace with NGUID {nguid}")), "{error}");
+    let other = OpenDevice { place: PathBuf::from("/dev/null").into(), ..absent };
+    assert!(matches!(Device::open(&other), Err(DeviceError::Kind { .. })));
 }
 
 #[test]
 fn a_fresh_nodes_folder_is_made_with_the_file_but_no_more_than_that() {
     let folder = Folder::new("fresh");
-    let wanted =
-        |path: PathBuf, create_bytes| OpenDevice { path, create_bytes, discard: Discard::Punch };
+    let wanted = |path: PathBuf, create_bytes| OpenDevice {
+        place: Place::Path(path),
+        create_bytes,
+        discard: Discard::Punch,
+    };
     let path = folder.0.join("devices").join("d0");
     assert!(Device::open(&wanted(path.clone(), None)).is_err(), "what is to be there is not made");
     assert!(!folder.0.join("devices").exists());
@@ -145,25 +175,26 @@ fn a_fresh_nodes_folder_is_made_with_the_file_but_no_more_than_that() {
 
 #[test]
 fn regions_of_a_device_do_not_overlap_and_share_its_lock() {
-    let folder = Folder::new("regions");
-    let wanted = folder.device(8 * MIB);
-    let arena = Arena::new(1 << 20);
-    let mut reactor = Reactor::new(Settings { spin: Duration::ZERO }).expect("a ring");
-    let device = Device::open(&wanted).expect("a device");
-    let ids = [0, 1].map(|index| reactor.add_disk(device.region(index, 2)).expect("added"));
-    drop(device);
-    assert!(matches!(Device::open(&wanted), Err(DeviceError::Locked { .. })));
-    for (id, value) in ids.into_iter().zip([1, 2]) {
-        let mut disk = FileDisk::new(&mut reactor, id);
-        assert_eq!(disk.capacity_bytes(), 4 * MIB);
-        let data = filled(&arena, 4096, value);
-        let offset = if value == 1 { 4 * MIB - 4096 } else { 0 };
-        disk.submit(DiskToken(0), DiskOp::Write { offset, data, fua: true });
-        wait_all(&mut disk, 1);
+    for backend in backends("regions", 8 * MIB) {
+        let device = backend.open();
+        let half = device.capacity_bytes() / 2;
+        let mut bench = Bench::new(device.region(0, 2), 1 << 20, true);
+        let second = bench.reactor.add_disk(device.region(1, 2)).expect("added");
+        drop(device);
+        assert!(matches!(Device::open(&backend.wanted), Err(DeviceError::Locked { .. })));
+        let first = bench.disk;
+        for (disk, value) in [(first, 1), (second, 2)] {
+            bench.disk = disk;
+            assert_eq!(bench.file_disk().capacity_bytes(), half);
+            let data = bench.filled(SECTOR, value);
+            let offset = if value == 1 { half - SECTOR as u64 } else { 0 };
+            bench.must(vec![DiskOp::Write { offset, data, fua: true }]);
+        }
+        drop(bench);
+        let mut whole = Bench::new(backend.open(), 1 << 20, false);
+        let border = whole.read(half - SECTOR as u64, 2 * SECTOR);
+        assert_eq!((border[0], border[SECTOR - 1], border[SECTOR]), (1, 1, 2), "{}", backend.name);
     }
-    let file = fs::read(&wanted.path).expect("the file");
-    let border = usize::try_from(4 * MIB).expect("small");
-    assert_eq!((file[border - 1], file[border]), (1, 2));
 }
 
 #[test]
@@ -171,96 +202,114 @@ fn a_device_that_does_not_fit_is_left_as_it_is() {
     let folder = Folder::new("size");
     let path = folder.0.join("device");
     fs::write(&path, vec![1; 8192]).expect("a small file");
-    let wanted = OpenDevice { path, create_bytes: Some(MIB), discard: Discard::Keep };
+    let place = Place::Path(path.clone());
+    let wanted = OpenDevice { place, create_bytes: Some(MIB), discard: Discard::Keep };
     let small = Device::open(&wanted);
     assert!(matches!(small, Err(DeviceError::Size { actual_bytes: 8192, .. })), "{small:?}");
-    assert_eq!(fs::read(&wanted.path).expect("the file"), vec![1; 8192]);
-    let folder_itself = OpenDevice { path: folder.0.clone(), ..wanted.clone() };
+    assert_eq!(fs::read(&path).expect("the file"), vec![1; 8192]);
+    let folder_itself = OpenDevice { place: folder.0.clone().into(), ..wanted.clone() };
     assert!(Device::open(&folder_itself).is_err());
-    let absent = OpenDevice { path: folder.0.join("absent"), create_bytes: None, ..wanted };
-    assert!(matches!(Device::open(&absent), Err(DeviceError::System { .. })));
-    assert!(!absent.path.exists(), "nothing is made that was not asked for");
+    let absent = folder.0.join("absent");
+    let wanted = OpenDevice { place: absent.clone().into(), create_bytes: None, ..wanted };
+    assert!(matches!(Device::open(&wanted), Err(DeviceError::System { .. })));
+    assert!(!absent.exists(), "nothing is made that was not asked for");
 }
 
 #[test]
 fn a_read_past_the_end_of_a_shrunk_file_is_an_error() {
     let folder = Folder::new("shrunk");
     let wanted = folder.device(MIB);
-    let arena = Arena::new(4 << 20);
-    let mut reactor = Reactor::new(Settings { spin: Duration::ZERO }).expect("a ring");
-    let id = reactor.add_disk(Device::open(&wanted).expect("a device")).expect("added");
-    let file = fs::OpenOptions::new().write(true).open(&wanted.path).expect("the file");
+    let mut bench = Bench::new(Device::open(&wanted).expect("a device"), 4 << 20, false);
+    let Place::Path(path) = &wanted.place else { panic!("a file") };
+    let file = fs::OpenOptions::new().write(true).open(path).expect("the file");
     file.set_len(4096).expect("shrunk behind our back");
-    let mut disk = FileDisk::new(&mut reactor, id);
-    let into = filled(&arena, 8192, 0);
-    disk.submit(DiskToken(1), DiskOp::Read { offset: 0, into });
-    let done = wait_all(&mut disk, 1).remove(0);
+    let into = bench.filled(8192, 0);
+    let done = bench.run(vec![DiskOp::Read { offset: 0, into }]).remove(0);
     assert!(done.result.is_err(), "half a read is no read");
     assert!(done.buf.is_some(), "the buffer comes back");
 }
 
 const CHILD: &str = "TERCET_TEST_WRITER";
+/// What the writer writes to, again and again.
+const WRITTEN_BYTES: u64 = 256 * MIB;
 
 /// Not a test of its own: the process that the next one kills. Writes without end.
 #[test]
 fn writer() {
-    let Some(path) = std::env::var_os(CHILD) else {
+    let Ok(spec) = std::env::var(CHILD) else {
         return;
     };
-    let wanted = OpenDevice {
-        path: PathBuf::from(path),
-        create_bytes: Some(256 * MIB),
-        discard: Discard::Keep,
-    };
-    let arena = Arena::new(128 << 20);
-    let mut reactor = Reactor::new(Settings { spin: Duration::ZERO }).expect("a ring");
-    let id = reactor.add_disk(Device::open(&wanted).expect("a device")).expect("added");
-    let mut disk = FileDisk::new(&mut reactor, id);
+    let mut bench = Bench::new(Backend::named(&spec).open(), 64 << 20, true);
     for round in 0_u64.. {
-        for slot in 0..48_u64 {
-            let data = filled(&arena, 1 << 20, (round + slot) as u8);
-            let offset = (round * 48 + slot) % 256 * MIB;
-            disk.submit(DiskToken(slot), DiskOp::Write { offset, data, fua: true });
-        }
-        wait_all(&mut disk, 48);
+        let write = |slot| {
+            let data = bench.filled(MIB as usize, (round + slot) as u8);
+            let offset = (round * 48 + slot) * MIB % WRITTEN_BYTES;
+            DiskOp::Write { offset, data, fua: true }
+        };
+        let writes = (0..48).map(write).collect();
+        bench.must(writes);
         println!("round {round}");
     }
+}
+
+/// A writer that has written.
+fn start_writer(spec: &str) -> Child {
+    let mut child = Command::new(std::env::current_exe().expect("this test"))
+        .args(["--exact", "writer", "--nocapture"])
+        .env(CHILD, spec)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("a writer");
+    let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    let written = lines.by_ref().map_while(Result::ok).any(|line| line.contains("round 0"));
+    assert!(written, "{spec}: the writer writes");
+    // Whoever does not read holds it up.
+    thread::spawn(move || lines.for_each(drop));
+    child
 }
 
 /// Rule R3: the lock of a killed engine is free only when its last write has landed.
 #[test]
 fn the_lock_of_a_killed_writer_is_free_only_when_nothing_lands_any_more() {
-    let folder = Folder::new("killed");
-    let wanted = OpenDevice { discard: Discard::Keep, ..folder.device(256 * MIB) };
-    for delay_ms in [60, 95, 130] {
-        let mut child = Command::new(std::env::current_exe().expect("this test"))
-            .args(["--exact", "writer", "--nocapture"])
-            .env(CHILD, &wanted.path)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("a writer");
-        // Asked by its words: whoever tries the lock meanwhile may keep the writer from it.
-        let mut said = BufReader::new(child.stdout.take().expect("piped")).lines();
-        assert!(said.any(|line| line.expect("a line").contains("round ")), "the writer ended");
-        thread::sleep(Duration::from_millis(delay_ms));
-        child.kill().expect("killed");
-        let device = unlocked(&wanted);
-        let at_lock = stamps(&wanted.path);
-        thread::sleep(Duration::from_millis(300));
-        assert!(at_lock == stamps(&wanted.path), "a dead process's write landed after the lock");
-        child.wait().expect("reaped");
-        drop(device);
+    for backend in backends("killed", WRITTEN_BYTES) {
+        drop(backend.open()); // a file is made with its size
+        for delay_ms in [60, 95, 130] {
+            let mut child = start_writer(&backend.spec());
+            thread::sleep(Duration::from_millis(delay_ms));
+            child.kill().expect("killed");
+            let start = Instant::now();
+            let device = loop {
+                match Device::open(&backend.wanted) {
+                    Ok(device) => break device,
+                    Err(DeviceError::Locked { .. }) => thread::sleep(Duration::from_micros(200)),
+                    Err(error) => panic!("{error}"),
+                }
+                assert!(start.elapsed() < Duration::from_mins(1), "the lock becomes free");
+            };
+            println!("{}: the lock was free after {:?}", backend.name, start.elapsed());
+            let mut bench = Bench::new(device, 16 << 20, true);
+            let at_lock = stamps(&mut bench);
+            thread::sleep(Duration::from_millis(300));
+            let later = stamps(&mut bench);
+            assert!(at_lock == later, "a dead process's write landed after the lock");
+            child.wait().expect("reaped");
+        }
     }
 }
 
-/// The first byte of each 4 KiB of the device.
-fn stamps(path: &Path) -> Vec<u8> {
-    let file = fs::File::open(path).expect("the file");
+/// The first byte of each 4 KiB that the writer writes to.
+fn stamps(bench: &mut Bench) -> Vec<u8> {
     let mut stamps = Vec::new();
-    let mut block = [0; 1];
-    for at in (0..256 * MIB).step_by(4096) {
-        file.read_exact_at(&mut block, at).expect("read");
-        stamps.push(block[0]);
+    for at in (0..WRITTEN_BYTES).step_by(8 * MIB as usize) {
+        let reads = (0..8).map(|index| {
+            let into = bench.filled(MIB as usize, 0);
+            DiskOp::Read { offset: at + index * MIB, into }
+        });
+        let reads = reads.collect();
+        for done in bench.must(reads) {
+            let buf = done.buf.expect("its buffer");
+            stamps.extend(buf.chunks(SECTOR).map(|block| block[0]));
+        }
     }
     stamps
 }

@@ -41,6 +41,14 @@ pub enum DiskOp {
         /// Bytes.
         len: u64,
     },
+    /// As a write of zeroes without `fua`, by the device itself where it can; a file is prepared, so
+    /// that later writes there are as quick as they can be.
+    WriteZeroes {
+        /// Bytes from the start of the device.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
 }
 
 /// A completion. A buffer comes back with it, also after an error.

@@ -14,7 +14,8 @@ use crate::store::Store;
 
 /// Ring blocks of a store that is not told otherwise: a sixteenth, at most 128 MiB.
 const RING_BLOCKS_DEFAULT_MAX: u32 = 1 << 15;
-const ZERO_BLOCKS: u32 = 128;
+/// As much is zeroed at a time: 4 MiB.
+const ZERO_BLOCKS: u32 = 1024;
 
 pub(crate) fn check_capacity(capacity_bytes: u64) -> Result<u32, OpenError> {
     if !(CAPACITY_BYTES_MIN..=CAPACITY_BYTES_MAX).contains(&capacity_bytes) {
@@ -96,11 +97,10 @@ impl Store {
                 }
             }
         }
-        let zeroes = vec![0; ZERO_BLOCKS as usize * BLOCK_BYTES];
         let mut block = 0;
         while block < superblock.data.0 {
             let count = ZERO_BLOCKS.min(superblock.data.0 - block);
-            io.write(block, &zeroes[..count as usize * BLOCK_BYTES], false)?;
+            io.write_zeroes((block, count))?;
             block += count;
         }
         let (root, slot) = empty_root(&superblock);

@@ -57,6 +57,13 @@ impl<'a> Io<'a> {
         Ok(())
     }
 
+    pub(crate) fn write_zeroes(&mut self, run: Run) -> Result<(), OpenError> {
+        let [offset, len] = [run.0, run.1].map(|blocks| u64::from(blocks) * BLOCK_BYTES as u64);
+        self.submit(DiskOp::WriteZeroes { offset, len });
+        self.collect(1)?;
+        Ok(())
+    }
+
     pub(crate) fn write(&mut self, block: u32, bytes: &[u8], fua: bool) -> Result<(), OpenError> {
         let mut data = self.buf((bytes.len() / BLOCK_BYTES) as u32)?;
         data.copy_from_slice(bytes);

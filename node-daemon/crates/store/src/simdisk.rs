@@ -173,6 +173,12 @@ impl SimDisk {
                 }
                 None
             }
+            DiskOp::WriteZeroes { offset, len } => {
+                if ok {
+                    self.store(offset, &vec![0; len as usize], false);
+                }
+                None
+            }
             DiskOp::Deallocate { .. } => None,
         };
         self.done.push(DiskDone { token, buf, result });
@@ -215,6 +221,11 @@ impl SimDisk {
         for found in self.in_flight.values() {
             if let DiskOp::Write { offset, data, .. } = &found.op {
                 for written in sectors(offset / BLOCK_BYTES as u64, data) {
+                    all.entry(written.sector).or_default().push(written.data);
+                }
+            }
+            if let DiskOp::WriteZeroes { offset, len } = &found.op {
+                for written in sectors(offset / BLOCK_BYTES as u64, &vec![0; *len as usize]) {
                     all.entry(written.sector).or_default().push(written.data);
                 }
             }
@@ -273,7 +284,9 @@ impl Disk for SimDisk {
         let (offset, len) = match &op {
             DiskOp::Read { offset, into } => (*offset, into.len() as u64),
             DiskOp::Write { offset, data, .. } => (*offset, data.len() as u64),
-            DiskOp::Deallocate { offset, len } => (*offset, *len),
+            DiskOp::Deallocate { offset, len } | DiskOp::WriteZeroes { offset, len } => {
+                (*offset, *len)
+            }
             DiskOp::Flush => (0, 0),
         };
         assert_eq!(offset % BLOCK_BYTES as u64, 0, "aligned");

@@ -135,7 +135,6 @@ fn plan_refusal(error: &PlanError) -> Status {
     let text = error.to_string();
     match error {
         PlanError::Invalid { .. } => Status::invalid_argument(text),
-        PlanError::Unsupported { .. } => Status::unimplemented(text),
         PlanError::Contradicts { .. } => Status::failed_precondition(text),
     }
 }
