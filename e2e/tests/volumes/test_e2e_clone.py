@@ -21,7 +21,7 @@ from tercet_e2e.workload import read_acks
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="session")]
 
 
-@pytest.mark.xfail(reason="docs/testing.md, known failures: the source's volume stays", strict=False)
+@pytest.mark.xfail(reason="docs/testing.md, known failures: the source stays", strict=False)
 async def test_a_clone_is_a_prefix_of_its_source_and_outlives_it(
     cluster: LocalCluster, kubectl: Kubectl
 ):
