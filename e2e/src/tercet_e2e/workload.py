@@ -96,7 +96,7 @@ def commit_one(connection: sqlite3.Connection, writer: int, sequence: int) -> in
     return row_id
 
 
-def write_without_pause(database: Path, acks: Path, writer: int) -> None:
+def write_commits(database: Path, acks: Path, writer: int, pause_ms: int) -> None:
     """Commit and log until told to stop (SIGTERM); continues where this writer's rows end."""
     stop = False
 
@@ -115,17 +115,19 @@ def write_without_pause(database: Path, acks: Path, writer: int) -> None:
             sequence += 1
             row_id = commit_one(connection, writer, sequence)
             log.write(f"{writer} {sequence} {row_id} {time.monotonic_ns()}\n")
+            if pause_ms:
+                time.sleep(pause_ms / 1000)
     connection.close()
 
 
-def run_writers(database: Path, acks: Path, writers: int) -> int:
+def run_writers(database: Path, acks: Path, writers: int, pause_ms: int = 0) -> int:
     """Run writers until SIGTERM; 0 when each ended well, 1 when one met an error."""
     connection = connect(database)
     connection.execute(SCHEMA)
     connection.close()
     context = multiprocessing.get_context("fork")
     children = [
-        context.Process(target=write_without_pause, args=(database, acks, number))
+        context.Process(target=write_commits, args=(database, acks, number, pause_ms))
         for number in range(writers)
     ]
     for child in children:
@@ -210,16 +212,19 @@ def main() -> int:
     """`python -m tercet_e2e.workload write|verify`; runs inside pods."""
     parser = argparse.ArgumentParser(prog="workload")
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write", help="commit without pause until SIGTERM")
+    write = commands.add_parser("write", help="commit until SIGTERM")
     check = commands.add_parser("verify", help="print a verdict as JSON; 0 when all is well")
     for command in (write, check):
         command.add_argument("--database", type=Path, required=True)
         command.add_argument("--acks", type=Path, required=True)
     write.add_argument("--writers", type=int, default=4)
+    write.add_argument("--pause-ms", type=int, default=0, help="after each commit of a writer")
     check.add_argument("--at", type=int, help="report the chain digest of this commit")
     arguments = parser.parse_args()
     if arguments.command == "write":
-        return run_writers(arguments.database, arguments.acks, arguments.writers)
+        return run_writers(
+            arguments.database, arguments.acks, arguments.writers, arguments.pause_ms
+        )
     verdict = verify(arguments.database, read_acks(arguments.acks), arguments.at)
     print(json.dumps(asdict(verdict)))
     return 0 if verdict.well else 1

@@ -58,6 +58,33 @@ async def test_a_snapshot_that_is_not_there_is_no_source(kubectl: Kubectl):
     await refused_for_good(kubectl, "orphan")
 
 
+async def test_a_deleted_snapshot_is_no_source(kubectl: Kubectl):
+    """Once gone by its VolumeSnapshot, and once under a VolumeSnapshot that still stands."""
+    await kubectl.apply(
+        immediate({"replicas": "3"}, "now"), claim("cut", "64Mi", storage_class="now")
+    )
+    await volume_of(kubectl, "cut")
+    for name in ("gone", "hollow"):
+        await kubectl.apply(objects.volume_snapshot(name, "cut"))
+        await kubectl.until(
+            "volumesnapshot", name, lambda o: o.get("status", {}).get("readyToUse"), 60, "is ready"
+        )
+    content = (await kubectl.get("volumesnapshot", "hollow"))["status"][
+        "boundVolumeSnapshotContentName"
+    ]
+    handle = (await kubectl.get("volumesnapshotcontent", content))["status"]["snapshotHandle"]
+    await kubectl.delete("volumesnapshot", "gone")
+    await kubectl.delete("tsnap", handle)
+    for name, word in (("gone", "gone"), ("hollow", handle)):
+        made = objects.claim(f"of-{name}", "64Mi", snapshot=name)
+        made["spec"]["storageClassName"] = "now"
+        await kubectl.apply(made)
+        await events_of(kubectl, f"of-{name}", word)
+        await refused_for_good(kubectl, f"of-{name}")
+    await kubectl.delete("volumesnapshot", "hollow")
+    await kubectl.delete("pvc", "cut")
+
+
 async def test_a_second_writer_waits_and_is_told_why(cluster: LocalCluster, kubectl: Kubectl):
     folder = cluster.state.root / "second"
     folder.mkdir()

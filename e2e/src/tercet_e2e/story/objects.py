@@ -102,11 +102,11 @@ def pod(name: str, claim_name: str, acks: Path, arguments: list[str]) -> Json:
     }
 
 
-def writer(name: str, claim_name: str, acks: Path) -> Json:
-    """A pod whose writers commit without pause."""
+def writer(name: str, claim_name: str, acks: Path, pause_ms: int = 0) -> Json:
+    """A pod whose writers commit, each with this pause after a commit."""
     log = f"{ACKS_FOLDER}/acks.log"
     wish = ["write", "--database", DATABASE, "--acks", log, "--writers", str(WRITERS)]
-    return pod(name, claim_name, acks, wish)
+    return pod(name, claim_name, acks, [*wish, "--pause-ms", str(pause_ms)])
 
 
 def checker(name: str, claim_name: str, acks: Path, log: str, at: int | None = None) -> Json:
