@@ -49,8 +49,8 @@ SMALL = b"\x42" * MIB
 async def database(cluster: LocalCluster):
     """A database that commits on node-1, checked at the end; gives its log.
 
-    Its writers pause: what a node misses in these tests stays within what the log retains (a quarter
-    of the ring), so it catches up from there (C1). Who misses more needs a copy (C2), not built yet.
+    Its writers pause: what a node misses in these tests stays within what the log retains (a
+    quarter of the ring), so it catches up from there (C1).
     """
     kubectl = Kubectl(cluster.kubectl)
     folder = cluster.state.root / "bad-devices"
