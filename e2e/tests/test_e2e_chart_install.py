@@ -112,6 +112,7 @@ def hooks(plane, tmp_path):
 
     def run(when: str, *more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tercet_operator.uninstall", when, *more]
+        command += ["--release", "tercet", "--revision", "4"]
         # No operator is here that would let go of StorageNodes: `before` need not wait for it long.
         command += ["--kubeconfig", str(path), "--timeout", "5" if when == "before" else "60"]
         if when == "after":
@@ -129,6 +130,7 @@ def _of_hooks(item: dict) -> bool:
     return hooked and item["kind"] != "Job"
 
 
+SNAPSHOT_LEASE = "snapshot-controller-leader"
 STORAGE_NODE = {
     "apiVersion": "tercet.io/v1alpha1",
     "kind": "StorageNode",
@@ -146,7 +148,7 @@ TRACES = [
     {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": CA_CONFIG_MAP}},
     *(
         {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name}}
-        for name in ("tercet-operator", "storagenode-n1", "csi-tercet-io")
+        for name in ("tercet-operator", "storagenode-n1", "csi-tercet-io", SNAPSHOT_LEASE)
     ),
 ]
 OTHERS = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "other"}}
@@ -167,6 +169,8 @@ def test_while_there_is_a_volume_nothing_goes(plane, hooks):
         done = hooks(when)
         assert done.returncode == 1, done.stderr
         assert "refused: there are Volumes: db" in done.stderr
+        lead = f"helm rollback tercet 4 -n {NAMESPACE}" if when == "before" else "Install it again"
+        assert lead in done.stderr
     assert _names(plane, "storagenode") == {"storagenode.tercet.io/n1"}
     plane.kubectl_run("delete", "volume.tercet.io", "db")
 
@@ -184,9 +188,10 @@ def test_without_volumes_all_traces_go_and_nothing_of_others(plane, hooks):
     assert done.returncode == 0, done.stderr
     assert not _names(plane, "storagenode"), "nobody would take its finalizer off later"
     _apply(plane, STORAGE_NODE)  # an agent's last start
-    done = hooks("after", "--crds")
+    done = hooks("after", "--crds", f"--lease={SNAPSHOT_LEASE}")
     assert done.returncode == 0, done.stderr
     left = _names(plane, "lease,secret,daemonset,csr")
+    assert f"lease.coordination.k8s.io/{SNAPSHOT_LEASE}" not in left
     assert not {name for name in left if "tercet" in name or "storagenode" in name}
     assert "lease.coordination.k8s.io/other" in left
     assert f"configmap/{CA_CONFIG_MAP}" not in _names(plane, "configmap")

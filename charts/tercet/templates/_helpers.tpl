@@ -148,6 +148,54 @@ readinessProbe:
 {{- if eq $unit "Gi" }}{{ mul $mi 1024 }}{{ else if eq $unit "Ti" }}{{ mul $mi 1048576 }}{{ else }}{{ $mi }}{{ end -}}
 {{- end }}
 
+{{/* A word for the shell. */}}
+{{- define "tercet.quoted" -}}
+'{{ replace "'" "'\\''" . }}'
+{{- end }}
+
+{{/* dataDir, or the reason why it cannot be Tercet's own. */}}
+{{- define "tercet.checkDataDir" -}}
+{{- $data := .Values.dataDir -}}
+{{- if ne $data (clean $data) }}
+{{- fail (printf "dataDir: write %s as %s" $data (clean $data)) }}
+{{- end }}
+{{- $kubelet := clean .Values.kubeletDir }}
+{{- if or (eq $data $kubelet) (hasPrefix (printf "%s/" $data) $kubelet) (hasPrefix (printf "%s/" $kubelet) $data) }}
+{{- fail (printf "dataDir: %s and the kubelet's %s are not apart: take a folder that is Tercet's alone, like /var/lib/tercet" $data $kubelet) }}
+{{- end }}
+{{- end }}
+
+{{/* Bytes of a device's file, or the reason why an engine could not use it: (list $ "which" $file). */}}
+{{- define "tercet.fileBytes" -}}
+{{- $data := (index . 0).Values.dataDir -}}
+{{- $which := index . 1 -}}
+{{- $file := index . 2 -}}
+{{- $path := $file.path -}}
+{{- if not (hasPrefix (printf "%s/" $data) (clean $path)) }}
+{{- fail (printf "%s: %s is not below dataDir %s, the only folder of the node that the engine sees: take %s/devices/NAME" $which $path $data $data) }}
+{{- end }}
+{{- if ne $path (clean $path) }}
+{{- fail (printf "%s: write %s as %s" $which $path (clean $path)) }}
+{{- end }}
+{{- range list "engine" "attach" "csi" }}
+{{- $own := printf "%s/%s" $data . }}
+{{- if or (eq $path $own) (hasPrefix (printf "%s/" $own) $path) }}
+{{- fail (printf "%s: %s is in %s, where Tercet keeps its own state: take %s/devices/NAME" $which $path $own $data) }}
+{{- end }}
+{{- end }}
+{{- if eq $path (printf "%s/devices" $data) }}
+{{- fail (printf "%s: %s is the folder of device files: take %s/NAME" $which $path $path) }}
+{{- end }}
+{{- $bytes := include "tercet.bytes" $file.capacity | int64 -}}
+{{- if lt $bytes 268435456 }}
+{{- fail (printf "%s: capacity %s is less than 256Mi, the least that an engine takes" $which $file.capacity) }}
+{{- end }}
+{{- if mod $bytes 4194304 }}
+{{- fail (printf "%s: capacity %s is no multiple of 4Mi, which an engine wants" $which $file.capacity) }}
+{{- end }}
+{{- $bytes -}}
+{{- end }}
+
 {{/* A PodDisruptionBudget: (list $ "component"). */}}
 {{- define "tercet.budget" -}}
 apiVersion: policy/v1

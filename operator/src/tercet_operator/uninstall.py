@@ -9,6 +9,9 @@ refuses, and Helm leaves the release as it is.
 when the release is gone: it waits for the last pods, takes away what they made, and has one pod on
 each node empty Tercet's folders there. Both can be run again. What a node that does not answer
 keeps is said and left behind.
+
+A refusal of `before` changes nothing in the cluster, but Helm then holds the release for one that
+is being uninstalled and refuses to upgrade it. So a refusal ends with the commands that lead on.
 """
 
 from __future__ import annotations
@@ -69,6 +72,10 @@ class Refusal(Exception):
     """Something is there that must not go; the message says what, and what to do."""
 
 
+class Stuck(Exception):
+    """Something does not go; the message says what, and what to do."""
+
+
 def refusal(
     found_volumes: Sequence[Volume],
     found_snapshots: Sequence[Snapshot],
@@ -96,11 +103,36 @@ def refusal(
         if names:
             shown = ", ".join(sorted(names)[:NAMES_SHOWN_MAX])
             more = f" and {len(names) - NAMES_SHOWN_MAX} more" * (len(names) > NAMES_SHOWN_MAX)
-            return (
-                f"there are {what}: {shown}{more}; {advice}. To leave all data where it is for a "
-                "later installation: helm upgrade --reuse-values --set uninstall.volumes=keep"
-            )
+            return f"there are {what}: {shown}{more}; {advice}"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The installation, as Helm knows it."""
+
+    name: str
+    revision: int
+    """The one whose hooks these are: the release that Helm holds for being uninstalled."""
+
+    def ways_on(self, namespace: str) -> str:
+        """What to do after `before` has refused, as commands."""
+        at = f"{self.name} -n {namespace}"
+        return (
+            "Nothing was changed: everything runs on. But Helm now holds the release for one that "
+            "is being uninstalled and will not upgrade it. Ways on:\n"
+            f"  keep the release:  helm rollback {self.name} {self.revision} -n {namespace}\n"
+            f"  try again, once nothing of these is left:  helm uninstall {at}\n"
+            "  take it away, and leave all data where it is for a later installation:  "
+            f"helm uninstall {at} --no-hooks"
+        )
+
+    def way_back(self, namespace: str) -> str:
+        """What to do after `after` has refused: the release is gone, and the data is not."""
+        return (
+            "The release is gone, and what it keeps on nodes and in the API server stays. Install "
+            f"it again as {self.name} into {namespace} to go on with these."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +143,8 @@ class Options:
     pods: str
     wipe: Path | None
     crds: bool
+    leases: Sequence[str] = ()
+    """Of others' pieces that the release has brought along."""
 
 
 class Uninstall:
@@ -125,12 +159,12 @@ class Uninstall:
         self._nodes = storage_nodes(api)
 
     async def before(self) -> None:
-        """While the release still runs. Raises Refusal, ApiError."""
+        """While the release still runs. Raises Refusal (nothing was changed), Stuck, ApiError."""
         await self._check()
         await self._remove_nodes(min(RELEASE_S, self._options.timeout_s))
 
     async def after(self) -> None:
-        """When the release is gone. Raises Refusal, ApiError."""
+        """When the release is gone. Raises Refusal, Stuck, ApiError."""
         await self._until(self._no_pods, self._options.timeout_s, "pods have ended")
         if not await self._kinds_exist():
             log.info("no kinds of Tercet here: nothing is left of its objects")
@@ -174,7 +208,11 @@ class Uninstall:
             except (NotFound, Refused):
                 continue
         if not await self._until(self._no_nodes, self._options.timeout_s, "StorageNodes are gone"):
-            raise Refusal("StorageNodes do not go: who puts finalizers on them?")
+            left = ", ".join(node.name for node in await self._nodes.list())
+            raise Stuck(
+                f"StorageNodes do not go: {left}; `kubectl get tsn -o yaml` says whose finalizers "
+                "are on them: see to these, then uninstall again"
+            )
 
     async def _no_nodes(self) -> bool:
         return not await self._nodes.list()
@@ -221,7 +259,7 @@ class Uninstall:
 
     async def _remove_traces(self) -> None:
         """What the pieces made for themselves."""
-        for name in (OPERATOR_LEASE, *SIDECAR_LEASES):
+        for name in (OPERATOR_LEASE, *SIDECAR_LEASES, *self._options.leases):
             await self._delete(f"{self._leases}/{name}")
         for name in await self._names(self._leases):
             if name.startswith(NODE_LEASE_PREFIX):
@@ -257,15 +295,18 @@ class Uninstall:
 
 
 async def _run(given: argparse.Namespace) -> int:
-    options = Options(given.timeout, given.pods, given.wipe, given.crds)
+    options = Options(given.timeout, given.pods, given.wipe, given.crds, given.lease)
+    release = Release(given.release, given.revision)
     async with Api(given.kubeconfig) as api:
         uninstall = Uninstall(api, options)
         try:
             await (uninstall.before() if given.when == "before" else uninstall.after())
         except Refusal as refused:
-            print(f"refused: {refused}", file=sys.stderr)
+            before = given.when == "before"
+            lead = release.ways_on(NAMESPACE) if before else release.way_back(NAMESPACE)
+            print(f"refused: {refused}.\n{lead}", file=sys.stderr)
             return 1
-        except ApiError as error:
+        except (Stuck, ApiError) as error:
             print(f"failed: {error}", file=sys.stderr)
             return 2
     return 0
@@ -280,6 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pods", default="app.kubernetes.io/name=tercet", help="label selector")
     parser.add_argument("--wipe", type=Path, help="a DaemonSet that empties folders on nodes")
     parser.add_argument("--crds", action="store_true", help="delete the kinds as well")
+    parser.add_argument("--lease", action="append", default=[], help="goes too; may be repeated")
+    parser.add_argument("--release", default="tercet", help="its name in Helm")
+    parser.add_argument("--revision", type=int, default=1, help="its revision in Helm")
     parser.add_argument("--log-format", choices=("json", "text"), default="json")
     given = parser.parse_args(arguments)
     configure_logs(given.log_format)
