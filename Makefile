@@ -57,11 +57,14 @@ wheels: $(VENV)/.packages  ## build/wheels: our distributions and what they need
 images: install wheels  ## images tercet-operator, tercet-csi, tercet-node, without a registry (root)
 	$(BIN)/python -m tercet_e2e images
 
+# What else the scenarios are told, e.g. --provider existing (e2e/README.md).
+SCENARIOS ?=
+
 e2e-kind: install wheels  ## the chart on real kubelets: kind, its node image, an engine of its own (root)
-	$(BIN)/python -m pytest -s -m kind e2e/tests
+	$(BIN)/python -m pytest -s -m kind $(SCENARIOS) e2e/tests/test_e2e_docker.py e2e/tests/kind
 
 e2e-kind-smoke: install wheels  ## of those only: installation, and the loss of a node
-	$(BIN)/python -m pytest -s e2e/tests/kind/test_kind_1_install.py \
+	$(BIN)/python -m pytest -s $(SCENARIOS) e2e/tests/kind/test_kind_1_install.py \
 	  e2e/tests/kind/test_kind_2_nodes.py::test_node_loss
 
 lock:  ## resolve requirements/*.lock again

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tercet_e2e.errors import ProcessError
-from tercet_e2e.kindcluster import SHARED, configuration, loops_of, public_image
+from tercet_e2e.kindcluster import configuration, loops_of, public_image
+from tercet_e2e.site import SHARED
 
 
 def test_every_worker_is_in_a_zone_of_its_own_and_sees_the_shared_folder(tmp_path):

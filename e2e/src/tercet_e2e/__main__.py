@@ -45,9 +45,13 @@ def chart() -> None:
 
 
 @app.command()
-def images() -> None:
+def images(
+    workload: Annotated[
+        bool, typer.Option("--workload", help="Also the one that scenarios run in their pods.")
+    ] = False,
+) -> None:
     """Make the images that the chart names, without a registry; prints their names."""
-    asyncio.run(container_images.make(Path.cwd()))
+    asyncio.run(container_images.make(Path.cwd(), with_workload=workload))
 
 
 @app.command()

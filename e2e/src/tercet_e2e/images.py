@@ -8,6 +8,8 @@ is the engine's own cache of layers.
 
 What each image's program needs to start is measured in processor time, which a busy machine changes
 least, and has a bound: a node's pieces have to be back at once.
+
+One more is for scenarios alone: the database that runs in their pods.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,12 +28,14 @@ from typing import Any
 
 import yaml
 
+from tercet_e2e import workload
 from tercet_e2e.binaries import Binaries, Progress, cache_dir
 from tercet_e2e.docker import debian, engine
 from tercet_e2e.docker.engine import Engine
 from tercet_e2e.errors import BinaryError
 from tercet_e2e.kindimage import root as roots
 from tercet_e2e.kindimage.archive import Config, Tree, write_archive, write_whole
+from tercet_e2e.site import Site
 
 Json = dict[str, Any]
 CONTROLLER = "import tercet_csi.main, tercet_csi.controller.service, tercet_api.clients"
@@ -42,8 +48,8 @@ TARGETS: Mapping[str, Sequence[Sequence[str]]] = {
 BASE = "localhost/tercet/base"
 BUILD_TIMEOUT_S = 1800.0
 LOAD_TIMEOUT_S = 300.0
-START_S_MAX = 2.0
-"""Of processor time, on a machine twice as slow as one on which it is a second."""
+START_S_MAX = 1.0
+"""Of processor time."""
 START_TRIES = 3
 CHART = Path("charts/tercet")
 
@@ -81,35 +87,58 @@ async def build(root: Path, docker: Engine, progress: Progress = print) -> list[
         arguments += ["--build-arg", f"BASE={base}", "--build-arg", "WHEELS=given", str(root)]
         await kit.run(*arguments, timeout_s=BUILD_TIMEOUT_S)
         size = int(await kit.run("image", "inspect", "-f", "{{.Size}}", name))
-        starts = [await start_seconds(kit, name, command) for command in TARGETS[target]]
+        built_s = time.monotonic() - started_s
+        starts = await start_seconds(kit, name, target)
         progress(
-            f"image {name}: {size / 1e6:.0f} MB, built in {time.monotonic() - started_s:.0f} s, "
-            f"starts in {max(starts):.2f} s of processor time"
+            f"image {name}: {size / 1e6:.0f} MB, built in {built_s:.0f} s, "
+            f"starts in {max(starts.values()):.2f} s of processor time"
         )
-        if max(starts) >= START_S_MAX:
-            raise BinaryError(f"{name}: {max(starts):.2f} s to start, {START_S_MAX} s at most")
+        check_starts(name, starts)
     return [*names.values(), *await _sidecars(root, kit, progress)]
 
 
 MEASURE = """
-import resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
-if done.returncode and "usage:" not in done.stderr:
-    sys.exit(done.stderr)
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(used.ru_utime + used.ru_stime)
+import json, resource, subprocess, sys
+def used_s():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+best = {}
+for command in json.loads(sys.argv[1]) * int(sys.argv[2]):
+    before_s = used_s()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "usage:" not in done.stderr:
+        sys.exit(done.stderr)
+    shown = " ".join(command)
+    best[shown] = min(best.get(shown, 1e9), used_s() - before_s)
+print(json.dumps(best))
 """
 
 
-async def start_seconds(docker: Engine, name: str, command: Sequence[str]) -> float:
-    """Processor time that a program of an image takes to say how it is used, at best of a few.
+def measuring(commands: Sequence[Sequence[str]]) -> list[str]:
+    """Arguments for Python inside an image: it prints what each command takes, as JSON.
 
-    Measured inside the container: what the engine needs to make one is not the image's doing.
-    Raises ProcessError when it does not start.
+    Processor time that a program takes to say how it is used, at best of a few; what an engine or
+    a kubelet needs to make a container is not the image's doing.
     """
+    return ["-c", MEASURE, json.dumps([list(command) for command in commands]), str(START_TRIES)]
+
+
+def check_starts(name: str, seconds: Mapping[str, float]) -> None:
+    """Raises BinaryError when a program of an image takes too long to start."""
+    for command, taken_s in seconds.items():
+        if taken_s >= START_S_MAX:
+            raise BinaryError(
+                f"{name}: `{command[:60]}` takes {taken_s:.2f} s of processor time to start, "
+                f"{START_S_MAX} s at most: `python3 -X importtime` says which import it is"
+            )
+
+
+async def start_seconds(docker: Engine, name: str, target: str) -> dict[str, float]:
+    """What each program of an image of ours takes to start. Raises ProcessError: it does not."""
     arguments = ["run", "--rm", "--network", "none", "--read-only", "--user", "65532:65532"]
-    arguments += ["--entrypoint", "python3", name, "-c", MEASURE, *command]
-    return min([float(await docker.run(*arguments)) for _ in range(START_TRIES)])
+    arguments += ["--entrypoint", "python3", name, *measuring(TARGETS[target])]
+    found: dict[str, float] = json.loads(await docker.run(*arguments))
+    return found
 
 
 async def _base(root: Path, docker: Engine, progress: Progress) -> str:
@@ -160,14 +189,31 @@ async def _sidecars(root: Path, docker: Engine, progress: Progress) -> list[str]
             layer, archive = Path(name, "layer"), Path(name, "image")
             Tree(files={f"/{program}": tools[program]}, folders={"/tmp"}).write(layer)
             config = Config(entrypoint=(f"/{program}",), user="65532:65532")
+            measured = [sys.executable, *measuring([[str(tools[program]), "--version"]])]
+            check_starts(image, json.loads(await asyncio.to_thread(debian.run, measured)))
             await asyncio.to_thread(write_archive, archive, image, layer, config)
             await docker.run("load", "-q", "-i", str(archive), timeout_s=LOAD_TIMEOUT_S)
     progress(f"images of {len(names)} CSI programs")
     return list(names.values())
 
 
-async def make(root: Path) -> None:
+async def build_workload(root: Path, docker: Engine) -> str:
+    """Make the image of the database (`workload`), on what the operator's stands on."""
+    with tempfile.TemporaryDirectory(prefix="tercet-images-") as name:
+        folder = Path(name)
+        (folder / "workload.py").write_text(Path(workload.__file__).read_text())
+        (folder / "Dockerfile").write_text(
+            f"FROM {own_names(root)['operator']}\nUSER 0\nCOPY workload.py /workload.py\n"
+            'ENTRYPOINT ["python3", "/workload.py"]\n'
+        )
+        await docker.run("build", "-q", "--network", "none", "-t", Site.workload_image, str(folder))
+    return Site.workload_image
+
+
+async def make(root: Path, *, with_workload: bool = False) -> None:
     """The command: with the engine that answers, or one of our own for just that long."""
     async with engine.engine() as docker:
         for name in await build(root, docker):
             print(name)
+        if with_workload:
+            print(await build_workload(root, docker))

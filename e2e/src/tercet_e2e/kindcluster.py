@@ -16,41 +16,30 @@ import contextlib
 import json
 import os
 import re
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pytest_kind import KindCluster as PytestKind
 
-from tercet_e2e.binaries import KIND, Binaries, Progress, module_file
+from tercet_e2e.binaries import KIND, Progress, module_file
 from tercet_e2e.docker.engine import Engine, engine
 from tercet_e2e.errors import ProcessError
 from tercet_e2e.kindimage import build
-from tercet_e2e.kubectl import Kubectl
+from tercet_e2e.site import SHARED, Power, Site, run
 
 NAME = "tercet-e2e"
 WORKERS = 3
-SHARED = Path("/var/lib/tercet-e2e")  # on every worker: `Site.shared` of this machine
 TOOLS = ("kind", "kubectl", "helm")
 PULL_TIMEOUT_S = 300.0
 LOAD_TIMEOUT_S = 600.0
 CREATE_TIMEOUT_S = 600.0
-READY_TIMEOUT_S = 300.0
+STOP_S = "30"
 COMMAND_TIMEOUT_S = 120.0
 DEFAULT_IMAGE_FILE = "pkg/apis/config/defaults/image.go"
 CGROUP_V2 = Path("/sys/fs/cgroup/cgroup.controllers")
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Something that took a while on the way to a cluster."""
-
-    name: str
-    seconds: float
 
 
 def configuration(shared: Path, workers: int = WORKERS) -> Json:
@@ -76,8 +65,8 @@ def public_image(source: str) -> str:
     return found.group(1)
 
 
-class KindSite:
-    """A cluster in containers. An async context manager: leaving it ends all."""
+class KindSite(Site):
+    """A cluster in containers; ends with the context, unless it is to be kept."""
 
     def __init__(
         self,
@@ -87,46 +76,19 @@ class KindSite:
         keep: bool = False,
         progress: Progress = print,
     ) -> None:
-        self.root = root
+        super().__init__(root, progress)
         self.shared = root / "shared"
-        self.kubeconfig = root / "kubeconfig"
-        self.steps: list[Step] = []
         self._image = image
         self._keep = keep
-        self._progress = progress
-        self._stack = contextlib.AsyncExitStack()
-
-    async def __aenter__(self) -> Self:
-        await self._stack.__aenter__()
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Times something and says so."""
-        started_s = time.monotonic()
-        yield
-        taken = Step(name, time.monotonic() - started_s)
-        self.steps.append(taken)
-        self._progress(f"{taken.seconds:6.1f} s  {name}")
 
     async def _start(self) -> None:
         self.shared.mkdir(parents=True, exist_ok=True)
-        with self.step("tools of the cluster, found or built"):
-            binaries = Binaries.default(self._progress)
-            self.tools = await asyncio.to_thread(binaries.ensure, TOOLS)
+        await self._find_tools(*TOOLS)
         with self.step("Docker Engine"):
             self.engine = await self._stack.enter_async_context(engine(self._progress))
         image = await self._node_image()
         await self._create(image)
-        self.kubectl = Kubectl([str(self.tools["kubectl"]), f"--kubeconfig={self.kubeconfig}"])
+        self._connect()
         with self.step("all nodes Ready"):
             await self.wait_nodes()
 
@@ -176,53 +138,22 @@ class KindSite:
         listed = await self.engine.run("ps", "--all", "--filter", label, "--format", "{{.Names}}")
         return sorted(listed.split())
 
-    async def workers(self) -> list[str]:
-        """The nodes that are no control plane."""
-        return [name for name in await self.containers() if "control-plane" not in name]
-
-    @property
-    def control_plane(self) -> str:
-        """The node of the control plane."""
-        return f"{NAME}-control-plane"
-
-    async def wait_nodes(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Wait until every node is Ready."""
-        wait = ["wait", "node", "--all", "--for=condition=Ready", f"--timeout={timeout_s:.0f}s"]
-        await self.kubectl.run(*wait, timeout_s=timeout_s + 10)
-
     async def load(self, *images: str) -> None:
         """Put images of the engine onto every node."""
         command = [str(self.tools["kind"]), "load", "docker-image", "--name", NAME, *images]
         await run(command, dict(self.engine.environment), LOAD_TIMEOUT_S)
 
-    async def helm(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
-        """Run helm on the cluster; returns its output."""
-        command = [str(self.tools["helm"]), f"--kubeconfig={self.kubeconfig}", *arguments]
-        return await run(command, dict(os.environ), timeout_s)
-
-    async def on(self, node: str, *command: str) -> str:
-        """Run a program on a node; returns its output."""
-        return await self.engine.run("exec", node, *command)
-
-    async def kill_node(self, node: str) -> None:
-        """Power off: everything on the node ends at once."""
-        await self._power_off(node, "kill")
-
-    async def stop_node(self, node: str) -> None:
-        """Stop a node's container in order, as `docker stop` does."""
-        await self._power_off(node, "stop", "--time", "30")
-
-    async def _power_off(self, node: str, *command: str) -> None:
+    async def power(self, node: str, act: Power) -> None:
+        """What is done to a node is done to its container."""
+        if act == "on":
+            await self.engine.run("start", node)
+            return
         # A machine that loses power takes its loop devices with it; a container leaves them to the
         # kernel, over files of a process that is gone and that have lost their path with it.
         loops = loops_of(node)
-        await self.engine.run(*command, node)
+        await self.engine.run(*(("kill",) if act == "off" else ("stop", "--time", STOP_S)), node)
         for device in loops:
             await free(device)
-
-    async def start_node(self, node: str) -> None:
-        """Power on again."""
-        await self.engine.run("start", node)
 
 
 def loops_of(node: str, blocks: Path = Path("/sys/block")) -> list[Path]:
@@ -257,27 +188,3 @@ def _environment(found: Engine) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-async def run(command: Sequence[str], env: dict[str, str], timeout_s: float) -> str:
-    """Run a program; returns its output. Raises ProcessError with its words."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=env,
-    )
-    shown = " ".join([Path(command[0]).name, *command[1:]])
-    try:
-        out, error = await asyncio.wait_for(process.communicate(), timeout_s)
-    except BaseException as reason:
-        process.kill()
-        await process.wait()
-        if isinstance(reason, TimeoutError):
-            raise ProcessError(f"{shown}: no end after {timeout_s:.0f} s") from None
-        raise
-    if process.returncode != 0:
-        words = (error or out).decode(errors="replace").strip()
-        raise ProcessError(f"{shown}: {words[-3000:]}")
-    return out.decode()

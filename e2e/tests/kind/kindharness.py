@@ -1,17 +1,20 @@
-"""What the scenarios in kind share: images, the installation, a database under load, its check."""
+"""What the scenarios share: images, the installation, a database under load, its check."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tercet_e2e import images, workload
-from tercet_e2e.kindcluster import SHARED, KindSite
+from tercet_e2e import images
+from tercet_e2e.kindcluster import KindSite
 from tercet_e2e.objects import snapshot_crds
+from tercet_e2e.site import Site
 from tercet_e2e.workload import Ack, longest_stall_s, read_acks
 
 Json = dict[str, Any]
@@ -20,9 +23,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 CHART = REPOSITORY / "charts" / "tercet"
 RELEASE, NAMESPACE = "tercet", "tercet-system"
 STORAGE_CLASS = SNAPSHOT_CLASS = "tercet"
-WORKLOAD = "localhost/tercet/workload:1"
 DATABASE = "/data/database.sqlite"
 WRITERS = 2
+CLUSTERS_OWN = frozenset({"kube-system", "kube-public", "kube-node-lease", "local-path-storage"})
 INSTALL_TIMEOUT_S = 600.0
 STEP_TIMEOUT_S = 180.0
 PAUSE_S = 0.1
@@ -45,48 +48,75 @@ VALUES: Json = {
 
 @dataclass(slots=True)
 class Installed:
-    """The release on the cluster, and how long it took."""
+    """The release on the cluster; where it comes with the cluster there is no more than that."""
 
-    site: KindSite
-    images: list[str]
-    values: Path
-    install_s: float
-
-
-async def build_images(site: KindSite) -> list[str]:
-    """All images of the chart and the one of the database, on every node."""
-    with site.step("images, built or found"):
-        names = await images.build(REPOSITORY, site.engine)
-        folder = site.root / "workload"
-        folder.mkdir(exist_ok=True)
-        (folder / "workload.py").write_text(Path(workload.__file__).read_text())
-        base = images.own_names(REPOSITORY)["operator"]
-        (folder / "Dockerfile").write_text(
-            f"FROM {base}\nUSER 0\nCOPY workload.py /workload.py\n"
-            'ENTRYPOINT ["python3", "/workload.py"]\n'
-        )
-        await site.engine.run("build", "-q", "--network", "none", "-t", WORKLOAD, str(folder))
-    with site.step("images onto all nodes"):
-        await site.load(*names, WORKLOAD)
-    return names
+    site: Site
+    values: Sequence[str] = ()
+    """Helm's words for the values."""
+    upgrade_tag: str | None = None
+    """Another tag under which the images are; None: to upgrade is to say the same again."""
+    before: frozenset[str] | None = None
+    """Every object that was there before it; None: it was there when we came."""
+    install_s: float = 0.0
 
 
-async def install(site: KindSite, names: list[str]) -> Installed:
+async def prepare(
+    site: Site, workload_image: str | None, values: str | None, upgrade_tag: str | None
+) -> Installed:
+    """Have images on the nodes and values for the chart.
+
+    Where nodes are ours the images are made here; elsewhere they are where `values` says.
+    """
+    ours = site.root / "values.json"
+    ours.write_text(json.dumps(VALUES))
+    words = ["--values", str(ours)]
+    if values is not None:
+        words += ["--values", values]
+    if workload_image is not None:
+        site.workload_image = workload_image
+    if isinstance(site, KindSite):
+        with site.step("images, built or found"):
+            names = await images.build(REPOSITORY, site.engine)
+            names.append(await images.build_workload(REPOSITORY, site.engine))
+        with site.step("images onto all nodes"):
+            await site.load(*names)
+    return Installed(site, words, upgrade_tag)
+
+
+async def install(wanted: Installed) -> None:
     """Kinds of snapshots, then the chart as a user installs it; at once when it is there."""
-    values = site.root / "values.json"
-    values.write_text(json.dumps(VALUES))
+    site = wanted.site
+    await site.kubectl.apply(*snapshot_crds())
+    kept = site.root / "before.json"
+    releases = json.loads(await site.helm("list", "-n", NAMESPACE, "-o", "json"))
+    if RELEASE not in {release["name"] for release in releases}:
+        kept.write_text(json.dumps(sorted(await objects(site))))
+    wanted.before = frozenset(json.loads(kept.read_text())) if kept.exists() else None
     started_s = time.monotonic()
-    with site.step("helm install --wait"):
-        await site.kubectl.apply(*snapshot_crds())
+    with site.step("helm install --wait, to the last StorageNode Ready"):
         words = ["upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE]
-        words += ["--create-namespace", "--values", str(values), "--wait"]
+        words += ["--create-namespace", *wanted.values, "--wait"]
         words += [f"--timeout={INSTALL_TIMEOUT_S:.0f}s"]
         await site.helm(*words, timeout_s=INSTALL_TIMEOUT_S + 10)
         await wait_storage_nodes(site)
-    return Installed(site, names, values, time.monotonic() - started_s)
+    wanted.install_s = time.monotonic() - started_s
 
 
-async def wait_storage_nodes(site: KindSite, timeout_s: float = STEP_TIMEOUT_S) -> None:
+async def objects(site: Site) -> set[str]:
+    """`KIND NAMESPACE/NAME` of every object, but for what the cluster's own pieces make."""
+    listed = await site.kubectl.run("api-resources", "--verbs=list", "-o", "name")
+    kinds = [name for name in listed.split() if name.partition(".")[0] != "events"]
+    line = '{range .items[*]}{.kind} {.metadata.namespace}/{.metadata.name}{"\n"}{end}'
+    found = await site.kubectl.run("get", ",".join(kinds), "-A", "-o", f"jsonpath={line}")
+    return {
+        line
+        for line in found.splitlines()
+        if line.split()[1].partition("/")[0] not in CLUSTERS_OWN
+        and not line.startswith("CertificateSigningRequest /csr-")  # a kubelet's
+    }
+
+
+async def wait_storage_nodes(site: Site, timeout_s: float = STEP_TIMEOUT_S) -> None:
     """Wait until every worker's StorageNode is Ready."""
     wanted = sorted(await site.workers())
 
@@ -103,7 +133,7 @@ def is_ready(item: Json) -> bool:
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
-async def until(check: Any, timeout_s: float, what: str) -> float:
+async def until(check: Callable[[], Awaitable[bool]], timeout_s: float, what: str) -> float:
     """Wait for a condition; returns how long it took."""
     started_s = time.monotonic()
     while not await check():
@@ -139,16 +169,16 @@ def claim(
     }
 
 
-def pod_spec(claim_name: str, arguments: list[str]) -> Json:
-    """A pod's spec: the database's image on a claim; the shared folder is for what outlives it."""
+def pod_spec(site: Site, claim_name: str, arguments: Sequence[str]) -> Json:
+    """A pod's spec: the database on a claim; the shared folder is for what outlives it."""
     return {
         "terminationGracePeriodSeconds": 20,
         "containers": [
             {
                 "name": "workload",
-                "image": WORKLOAD,
-                "imagePullPolicy": "Never",
-                "args": arguments,
+                "image": site.workload_image,
+                "imagePullPolicy": "IfNotPresent",
+                "command": [*site.workload, *arguments],
                 "volumeMounts": [
                     {"name": "data", "mountPath": "/data"},
                     {"name": "acks", "mountPath": "/acks"},
@@ -157,7 +187,7 @@ def pod_spec(claim_name: str, arguments: list[str]) -> Json:
         ],
         "volumes": [
             {"name": "data", "persistentVolumeClaim": {"claimName": claim_name}},
-            {"name": "acks", "hostPath": {"path": str(SHARED)}},
+            {"name": "acks", "hostPath": {"path": str(site.shared_on_nodes)}},
         ],
     }
 
@@ -166,7 +196,7 @@ def pod_spec(claim_name: str, arguments: list[str]) -> Json:
 class Database:
     """A StatefulSet of one pod whose writers commit without pause, and what was acknowledged."""
 
-    site: KindSite
+    site: Site
     name: str
     size: str = "256Mi"
     storage_class: str = STORAGE_CLASS
@@ -193,7 +223,7 @@ class Database:
     def manifest(self) -> Json:
         """The StatefulSet."""
         arguments = ["write", "--database", DATABASE, "--acks", f"/acks/{self.name}.log"]
-        spec = pod_spec("unused", [*arguments, "--writers", str(WRITERS)])
+        spec = pod_spec(self.site, "unused", [*arguments, "--writers", str(WRITERS)])
         spec["volumes"] = [v for v in spec["volumes"] if v["name"] != "data"]
         template = claim("data", self.size, storage_class=self.storage_class)
         return {
@@ -281,12 +311,23 @@ class Database:
         await kubectl.run("delete", "pvc", self.claim, "--ignore-not-found", "--timeout=120s")
 
 
-async def run_once(site: KindSite, name: str, claim_name: str, arguments: list[str]) -> Json:
+@contextlib.asynccontextmanager
+async def running_database(site: Site, test: str) -> AsyncIterator[Database]:
+    """A database of a test's name that commits, all of whose replicas are in sync."""
+    found = Database(site, test.removeprefix("test_").replace("_", "-")[:40].strip("-"))
+    await found.start()
+    await found.in_sync()
+    yield found
+    await found.remove()
+
+
+async def run_once(site: Site, name: str, claim_name: str, arguments: list[str]) -> Json:
     """Run a pod of the database's image to its end; returns the JSON of its last line."""
-    return await run_pod(site, name, pod_spec(claim_name, arguments) | {"restartPolicy": "Never"})
+    spec = pod_spec(site, claim_name, arguments) | {"restartPolicy": "Never"}
+    return await run_pod(site, name, spec)
 
 
-async def run_pod(site: KindSite, name: str, spec: Json) -> Json:
+async def run_pod(site: Site, name: str, spec: Json) -> Json:
     """Run a pod to its end; returns the JSON of its last line."""
     await site.kubectl.apply(
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
-from kindharness import Database, Installed, tell, wait_storage_nodes
+from kindharness import Database, tell, wait_storage_nodes
+
+from tercet_e2e.site import Power, Site
 
 pytestmark = [pytest.mark.kind, pytest.mark.asyncio(loop_scope="session")]
 STALL_S_MAX = 3.0
@@ -16,14 +19,16 @@ DRAIN_S_MAX = 120.0
 TAINT = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def database(installed: Installed, request):
-    """A database that commits, all of whose replicas are in sync."""
-    found = Database(installed.site, request.node.name.removeprefix("test_").replace("_", "-")[:40])
-    await found.start()
-    await found.in_sync()
-    yield found
-    await found.remove()
+@contextlib.asynccontextmanager
+async def powerless(site: Site, node: str, how: Power) -> AsyncIterator[None]:
+    """While this lasts a node has no power; then it is back, and its StorageNode Ready."""
+    await site.power(node, how)
+    try:
+        yield
+    finally:
+        await site.power(node, "on")
+        await site.wait_nodes()
+        await wait_storage_nodes(site)
 
 
 async def move(database: Database) -> tuple[str, str]:
@@ -41,33 +46,32 @@ async def move(database: Database) -> tuple[str, str]:
     return old, new
 
 
+@pytest.mark.kubelet
 async def test_node_loss(database: Database):
     """The worker with the pod on it loses power: the pod goes on elsewhere with every commit."""
     site = database.site
     node = await database.where()
     await database.commits(50)
-    before = len(database.acks())
-    tell(f"{before} commits acknowledged; {node} loses power")
-    killed_s = time.monotonic()
-    await site.kill_node(node)
-    wait = ["wait", f"node/{node}", "--for=condition=Ready=Unknown"]
-    await site.kubectl.run(*wait, f"--timeout={NOT_READY_S_MAX:.0f}s", timeout_s=NOT_READY_S_MAX)
-    tell(f"Kubernetes says that the node is not ready after {time.monotonic() - killed_s:.1f} s")
-    tainted_s = time.monotonic()
-    await site.kubectl.run("taint", "node", node, TAINT)
-    await database.commits(1, timeout_s=ELSEWHERE_S_MAX)
-    elsewhere_s = time.monotonic() - tainted_s
-    there = await database.where()
-    tell(f"taint to the first commit on {there}: {elsewhere_s:.1f} s")
-    assert there != node
-    assert elsewhere_s <= ELSEWHERE_S_MAX
-    await site.start_node(node)
-    await site.wait_nodes()
-    await site.kubectl.run("taint", "node", node, f"{TAINT}-")
-    await wait_storage_nodes(site)
+    tell(f"{len(database.acks())} commits acknowledged; {node} loses power")
+    async with powerless(site, node, "off"):
+        killed_s = time.monotonic()
+        wait = ["wait", f"node/{node}", "--for=condition=Ready=Unknown"]
+        wait += [f"--timeout={NOT_READY_S_MAX:.0f}s"]
+        await site.kubectl.run(*wait, timeout_s=NOT_READY_S_MAX + 10)
+        tell(f"Kubernetes says it is not ready after {time.monotonic() - killed_s:.1f} s")
+        tainted_s = time.monotonic()
+        await site.kubectl.run("taint", "node", node, TAINT)
+        try:
+            await database.commits(1, timeout_s=ELSEWHERE_S_MAX)
+            elsewhere_s = time.monotonic() - tainted_s
+        finally:
+            await site.kubectl.run("taint", "node", node, f"{TAINT}-")
+        there = await database.where()
+        tell(f"taint to the first commit on {there}: {elsewhere_s:.1f} s")
+        assert there != node
     verdict = await database.verify()
     tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
-    # Who was away for longer than the log is kept waits for a copy (C2), which is not built yet.
+    # Who was away for longer than the log is kept waits for a copy (C2): it may still be behind.
     tell(f"replicas: {await database.replicas()}")
 
 
@@ -81,6 +85,7 @@ async def test_moved_pod_finds_its_data(database: Database):
     tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
 
 
+@pytest.mark.kubelet
 async def test_primary_stops(database: Database):
     """The worker that holds the primary is stopped; the pod elsewhere sees no more than a pause."""
     site = database.site
@@ -92,20 +97,17 @@ async def test_primary_stops(database: Database):
     assert primary != node, "the primary has gone with the pod: nothing to show"
     await database.commits(20)
     started_ns = time.monotonic_ns()
-    await site.stop_node(primary)
-    await database.commits(20)
-    stall_s = database.stall_s(started_ns)
-    after = await database.config()
-    tell(f"{primary} stopped, {after['primary']['node']} serves; longest stall {stall_s:.2f} s")
-    assert after["epoch"] > before["epoch"]
-    assert await database.restarts() == 0
-    assert stall_s <= STALL_S_MAX
-    await site.start_node(primary)
-    await site.wait_nodes()
-    await wait_storage_nodes(site)
+    async with powerless(site, primary, "stop"):
+        await database.commits(20)
+        stall_s = database.stall_s(started_ns)
+        after = await database.config()
+        tell(f"{primary} stopped, {after['primary']['node']} serves; longest stall {stall_s:.2f} s")
+        assert after["epoch"] > before["epoch"]
+        assert await database.restarts() == 0
+        assert stall_s <= STALL_S_MAX
     verdict = await database.verify()
     tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
-    # Who was away for longer than the log is kept waits for a copy (C2), which is not built yet.
+    # Who was away for longer than the log is kept waits for a copy (C2): it may still be behind.
     tell(f"replicas: {await database.replicas()}")
 
 

@@ -11,7 +11,6 @@ from kindharness import (
     SNAPSHOT_CLASS,
     STEP_TIMEOUT_S,
     STORAGE_CLASS,
-    WORKLOAD,
     Database,
     Installed,
     claim,
@@ -38,6 +37,7 @@ READ = (
 )
 
 
+@pytest.mark.kubelet  # its pod is asked by `kubectl exec`
 async def test_grows_in_use(installed: Installed):
     """A claim is made larger while the database commits on it."""
     site = installed.site
@@ -125,9 +125,9 @@ async def test_raw_block(installed: Installed):
             "containers": [
                 {
                     "name": "workload",
-                    "image": WORKLOAD,
-                    "imagePullPolicy": "Never",
-                    "command": ["python3", "-c", code.format(device=BLOCK_DEVICE)],
+                    "image": site.workload_image,
+                    "imagePullPolicy": "IfNotPresent",
+                    "command": [site.python, "-c", code.format(device=BLOCK_DEVICE)],
                     "volumeDevices": [{"name": "data", "devicePath": BLOCK_DEVICE}],
                 }
             ],
