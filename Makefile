@@ -54,8 +54,11 @@ wheels: $(VENV)/.packages  ## build/wheels: our distributions and what they need
 	done
 	rm -f build/wheels/.gitignore
 
-images: install wheels  ## images tercet-operator, tercet-csi, tercet-node, without a registry (root)
-	$(BIN)/python -m tercet_e2e images
+# Where `images` pushes ours to, if anywhere.
+REGISTRY ?=
+
+images: install wheels  ## images tercet-operator, tercet-csi, tercet-node (root); pushed to REGISTRY
+	$(BIN)/python -m tercet_e2e images $(if $(REGISTRY),--push $(REGISTRY))
 
 # What else the scenarios are told, e.g. --provider existing (e2e/README.md).
 SCENARIOS ?=

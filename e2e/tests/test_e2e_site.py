@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from tercet_e2e import images
 from tercet_e2e.errors import BinaryError, ProcessError
 from tercet_e2e.localsite import LocalSite
 from tercet_e2e.site import ExistingSite, SiteError
+
+ROOT = Path(__file__).parents[2]
 
 
 def existing(folder, **more) -> ExistingSite:
@@ -75,3 +78,27 @@ def test_a_program_that_does_not_start_is_no_quick_one():
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode != 0
     assert "nothing_like_it" in done.stderr
+
+
+class Recorded:
+    """An engine that does nothing, and what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, ...]] = []
+
+    async def run(self, *arguments: str, timeout_s: float = 0) -> str:
+        del timeout_s
+        self.said.append(arguments)
+        return ""
+
+
+async def test_our_images_are_pushed_under_the_names_that_the_chart_gives_them():
+    engine = Recorded()
+    pushed = await images.push(ROOT, engine, "registry.example.org/storage/")
+    assert len(pushed) == len(images.TARGETS)
+    for name, there in zip(images.own_names(ROOT).values(), pushed, strict=True):
+        assert there == f"registry.example.org/storage/{name}"
+        assert ("tag", name, there) in engine.said
+        assert engine.said.index(("push", "--quiet", there)) > engine.said.index(
+            ("tag", name, there)
+        )

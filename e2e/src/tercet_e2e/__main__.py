@@ -49,9 +49,10 @@ def images(
     workload: Annotated[
         bool, typer.Option("--workload", help="Also the one that scenarios run in their pods.")
     ] = False,
+    push: Annotated[str, typer.Option(help="Push ours below this registry.")] = "",
 ) -> None:
     """Make the images that the chart names, without a registry; prints their names."""
-    asyncio.run(container_images.make(Path.cwd(), with_workload=workload))
+    asyncio.run(container_images.make(Path.cwd(), with_workload=workload, registry=push))
 
 
 @app.command()

@@ -48,6 +48,7 @@ TARGETS: Mapping[str, Sequence[Sequence[str]]] = {
 BASE = "localhost/tercet/base"
 BUILD_TIMEOUT_S = 1800.0
 LOAD_TIMEOUT_S = 300.0
+PUSH_TIMEOUT_S = 900.0
 START_S_MAX = 1.0
 """Of processor time."""
 START_TRIES = 3
@@ -210,10 +211,26 @@ async def build_workload(root: Path, docker: Engine) -> str:
     return Site.workload_image
 
 
-async def make(root: Path, *, with_workload: bool = False) -> None:
+async def push(root: Path, docker: Engine, registry: str) -> list[str]:
+    """Push our images below a registry; returns the names that they have there.
+
+    The CSI programs are published where the chart's values have them from, so they stay.
+    """
+    pushed = []
+    for name in own_names(root).values():
+        there = f"{registry.rstrip('/')}/{name}"
+        await docker.run("tag", name, there)
+        await docker.run("push", "--quiet", there, timeout_s=PUSH_TIMEOUT_S)
+        pushed.append(there)
+    return pushed
+
+
+async def make(root: Path, *, with_workload: bool = False, registry: str = "") -> None:
     """The command: with the engine that answers, or one of our own for just that long."""
     async with engine.engine() as docker:
-        for name in await build(root, docker):
-            print(name)
+        names = await build(root, docker)
         if with_workload:
-            print(await build_workload(root, docker))
+            names.append(await build_workload(root, docker))
+        if registry:
+            names += await push(root, docker, registry)
+        print(*names, sep="\n")
