@@ -25,6 +25,8 @@ RELEASE, NAMESPACE = "tercet", "tercet-system"
 STORAGE_CLASS = SNAPSHOT_CLASS = "tercet"
 DATABASE = "/data/database.sqlite"
 WRITERS = 2
+DERIVED = frozenset({"events", "apiservices"})
+"""Kinds whose objects tell of others, and come and go after them."""
 CLUSTERS_OWN = frozenset({"kube-system", "kube-public", "kube-node-lease", "local-path-storage"})
 INSTALL_TIMEOUT_S = 600.0
 STEP_TIMEOUT_S = 180.0
@@ -105,7 +107,7 @@ async def install(wanted: Installed) -> None:
 async def objects(site: Site) -> set[str]:
     """`KIND NAMESPACE/NAME` of every object, but for what the cluster's own pieces make."""
     listed = await site.kubectl.run("api-resources", "--verbs=list", "-o", "name")
-    kinds = [name for name in listed.split() if name.partition(".")[0] != "events"]
+    kinds = [name for name in listed.split() if name.partition(".")[0] not in DERIVED]
     line = '{range .items[*]}{.kind} {.metadata.namespace}/{.metadata.name}{"\n"}{end}'
     found = await site.kubectl.run("get", ",".join(kinds), "-A", "-o", f"jsonpath={line}")
     return {
