@@ -108,7 +108,7 @@ async def objects(site: Site) -> set[str]:
     """`KIND NAMESPACE/NAME` of every object, but for what the cluster's own pieces make."""
     listed = await site.kubectl.run("api-resources", "--verbs=list", "-o", "name")
     kinds = [name for name in listed.split() if name.partition(".")[0] not in DERIVED]
-    line = '{range .items[*]}{.kind} {.metadata.namespace}/{.metadata.name}{"\n"}{end}'
+    line = r'{range .items[*]}{.kind} {.metadata.namespace}/{.metadata.name}{"\n"}{end}'
     found = await site.kubectl.run("get", ",".join(kinds), "-A", "-o", f"jsonpath={line}")
     return {
         line
