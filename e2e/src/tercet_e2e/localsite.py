@@ -1,4 +1,4 @@
-"""Provider `local` for scenarios: the cluster of processes, with the classes that the chart makes.
+"""Provider `local` for scenarios: the cluster of processes, which has the chart's classes.
 
 Its nodes run processes of this machine, so a pod's program is this Python's own, and every folder
 here is seen by every node at the same place. There are no images, no chart and no power to switch:
@@ -13,9 +13,6 @@ from pathlib import Path
 from tercet_e2e.binaries import Progress
 from tercet_e2e.local import LocalCluster
 from tercet_e2e.site import Power, Site, SiteError
-from tercet_e2e.story.objects import classes
-
-CLASS = "tercet"  # what the chart's values call both
 
 
 class LocalSite(Site):
@@ -37,8 +34,6 @@ class LocalSite(Site):
             self.kubeconfig = cluster.kubeconfig
             self._connect()
             await cluster.wait_ready()
-        named = [made | {"metadata": {"name": CLASS}} for made in classes()]
-        await self.kubectl.apply(*named)
 
     async def power(self, node: str, act: Power) -> None:
         """There is none."""
