@@ -96,7 +96,14 @@ def tiers() -> tuple[Tier, ...]:
         ),
         Tier("canaries", "rules broken on purpose, each caught", ((*canary, "canaries"),)),
         Tier("control-plane", "a real API server: CRDs, operator, agent", (pytest("-m", "local"),)),
-        Tier("cluster", "whole clusters: csi-sanity, bad input, kills", (pytest("-m", "cluster"),)),
+        Tier(
+            "cluster",
+            "whole clusters: csi-sanity, bad input, kills, scenarios without kubelets",
+            (
+                pytest("-m", "cluster"),
+                pytest("-m", "kind and not kubelet", "--provider", "local", "e2e/tests/kind"),
+            ),
+        ),
         Tier("demo", "the story, checked", ((sys.executable, "-m", "tercet_e2e", "demo"),)),
     )
 
