@@ -1,0 +1,96 @@
+"""Bytes from outside: one form for each message, everything else is refused."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from node_membership_net import entry, gone, signed
+
+from tercet_node.membership import (
+    Ack,
+    Change,
+    Part,
+    Prelim,
+    Probe,
+    WireError,
+    decode_message,
+    encode_message,
+    size_bytes,
+)
+from tercet_node.membership.messages import MESSAGE_BYTES_MAX
+
+numbers = st.integers(0, (1 << 64) - 1)
+digests = st.integers(0, (1 << 128) - 1)
+entries = st.builds(
+    lambda nid, inc, kind: kind(nid, inc),
+    st.integers(0, 300),
+    st.integers(1, 9),
+    st.sampled_from([entry, gone, signed]),
+)
+parts = st.builds(
+    lambda digest, index, some, answer: Part(
+        digest, index, index * 10 + len(some), tuple(some), answer
+    ),
+    digests,
+    st.integers(0, 1000),
+    st.lists(entries, max_size=10),
+    st.booleans(),
+)
+messages = st.one_of(
+    st.builds(Change, entries),
+    st.builds(Prelim, digests),
+    parts,
+    st.builds(Probe, numbers),
+    st.builds(Ack, numbers, entries),
+)
+
+
+@given(messages)
+def test_what_was_said_is_what_is_heard(message):
+    raw = encode_message(message)
+    assert decode_message(raw) == message
+    assert len(raw) == size_bytes(message) <= MESSAGE_BYTES_MAX
+
+
+@settings(max_examples=300)
+@given(messages, st.integers(0, 4000), st.integers(1, 255))
+def test_changed_byte_is_refused_or_is_another_message(message, place, flip):
+    raw = bytearray(encode_message(message))
+    raw[place % len(raw)] ^= flip
+    try:
+        heard = decode_message(bytes(raw))
+    except WireError:
+        return
+    assert heard != message
+    assert encode_message(heard) == bytes(raw), "each message has one form"
+
+
+@given(messages, st.integers(0, 4000))
+def test_truncated_or_longer_is_refused(message, length):
+    raw = encode_message(message)
+    with pytest.raises(WireError):
+        decode_message(raw[: length % len(raw)])
+    with pytest.raises(WireError):
+        decode_message(raw + b"\0")
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=64), st.sampled_from([b"", b"TM\x01\x02\x00\x10", b"TM\x01\x04\x00\x08"]))
+def test_noise_is_refused_or_is_a_message(noise, head):
+    try:
+        heard = decode_message(head + noise)
+    except WireError:
+        return
+    assert encode_message(heard) == head + noise
+
+
+def test_bytes_stay_what_they_are():
+    """Golden: a change of these bytes is a change of the protocol's version."""
+    assert encode_message(Prelim(1)).hex() == "544d01020010" + "00" * 15 + "01"
+    assert encode_message(Probe(258)).hex() == "544d010400080000000000000102"
+    part = encode_message(Part(5, 0, 2, (entry(1), gone(2)), answer=True))
+    assert len(part) == 1780
+    assert hashlib.sha256(part).hexdigest()[:16] == "2fd4daa6fd3e9e88"
