@@ -21,6 +21,7 @@ from tercet_cli import commands
 from tercet_cli.access import cluster
 from tercet_cli.errors import EXIT_ERROR, CliError
 from tercet_cli.output import Form, errors
+from tercet_cli.sim.command import app as sim
 
 VERIFY_TIMEOUT_S = 60.0
 
@@ -37,7 +38,7 @@ Timeout = Annotated[
 ]
 
 app = typer.Typer(
-    help="Looks at Tercet's volumes, nodes and snapshots.",
+    help="Looks at Tercet's volumes, nodes and snapshots; simulates its protocols.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,6 +49,7 @@ snapshot = typer.Typer(help="Snapshots.", no_args_is_help=True)
 app.add_typer(volume, name="volume")
 app.add_typer(node, name="node")
 app.add_typer(snapshot, name="snapshot")
+app.add_typer(sim, name="sim")
 
 
 def _run(

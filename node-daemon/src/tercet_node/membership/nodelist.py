@@ -40,10 +40,17 @@ class NodeList:
     @staticmethod
     def of(entries: Iterable[Entry]) -> NodeList:
         """A list of these."""
-        made = NodeList()
-        for entry in entries:
-            made = made.put(entry)
-        return made
+        by_nid = {entry.nid: entry for entry in entries}
+        if not by_nid:
+            return NodeList()
+        places = [by_nid.get(Nid(nid)) for nid in range(max(by_nid) + 1)]
+        places += [None] * (-len(places) % CHUNK_ENTRIES)
+        digest = present = 0
+        for nid, entry in by_nid.items():
+            digest ^= entry.fingerprint
+            present |= entry.present << nid
+        chunks = (places[at : at + CHUNK_ENTRIES] for at in range(0, len(places), CHUNK_ENTRIES))
+        return NodeList(tuple(map(tuple, chunks)), present, digest, len(by_nid))
 
     def get(self, nid: int) -> Entry | None:
         """The entry of that nid, be it a tombstone."""
@@ -109,7 +116,8 @@ class NodeList:
             for index in range(count)
             if mine[index] is not theirs[index]
             for place in range(CHUNK_ENTRIES)
-            if mine[index][place] != theirs[index][place]
+            if mine[index][place] is not theirs[index][place]
+            and mine[index][place] != theirs[index][place]
         ]
 
     # ------------------------------------------------------------------ who is present

@@ -1,0 +1,1 @@
+"""Simulations that a person runs: `tercet sim ...`. Needs the extra `tercet-cli[sim]`."""

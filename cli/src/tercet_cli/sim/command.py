@@ -1,0 +1,80 @@
+"""The command line of `tercet sim`; what it needs is imported when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from tercet_cli.errors import EXIT_ERROR
+from tercet_cli.output import errors
+
+app = typer.Typer(help="Simulations.", no_args_is_help=True)
+membership = typer.Typer(
+    help="The membership's protocol: the experiment it comes from, and how far it carries.",
+    no_args_is_help=True,
+)
+app.add_typer(membership, name="membership")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for CSV and figures.", metavar="FOLDER")]
+Trials = Annotated[int, typer.Option("--trials", min=2, help="Trials of each case.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Processes.")]
+
+OUT = Path("build/membership")
+
+
+def _simulations() -> ModuleType:
+    try:
+        from tercet_cli.sim import membership as simulations
+    except ImportError as error:
+        errors.print(f"error: simulations need more packages: {error}", markup=False)
+        errors.print("next:  pip install 'tercet-cli[sim]'", markup=False)
+        raise typer.Exit(EXIT_ERROR) from error
+    return simulations
+
+
+def _tell(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(path)
+
+
+@membership.command()
+def figures(
+    out: Out = OUT,
+    trials: Trials = 5,
+    every: Annotated[int, typer.Option(min=1, help="Simulate each so manieth step.")] = 1,
+    policy: Annotated[str, typer.Option(help="Whose rules the checks keep.")] = "popcorn-active",
+    jobs: Jobs = 1,
+) -> None:
+    """Figures 2 to 7 of the source: three algorithms, five drop rates, up to 100 nodes."""
+    simulations = _simulations()
+    _tell(simulations.figures(out, trials, every, jobs, simulations.Policy(policy)))
+
+
+@membership.command()
+def table(out: Out = OUT, trials: Trials = 100, jobs: Jobs = 1) -> None:
+    """Table 1 of the source (85 nodes, drop rate 0.05) beside ours, with intervals."""
+    _tell(_simulations().table(out, trials, jobs))
+
+
+@membership.command()
+def wrong(out: Out = OUT, trials: Trials = 20, jobs: Jobs = 1) -> None:
+    """How often a check makes a correct list wrong, by policy."""
+    _tell(_simulations().wrong(out, trials, jobs))
+
+
+@membership.command()
+def scale(
+    out: Out = OUT,
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes.")] = "100,300,1000,3000,10000",
+    drop: Annotated[str, typer.Option(help="Drop rates.")] = "0.05,0.01,0.2",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 5,
+    jobs: Jobs = 1,
+) -> None:
+    """Up to 10,000 nodes with our rules, asynchronous, with delays and losses."""
+    sizes = [int(each) for each in nodes.split(",")]
+    rates = [float(each) for each in drop.split(",")]
+    _tell(_simulations().scale(out, sizes, rates, seeds, jobs))

@@ -1,0 +1,187 @@
+"""The simulations: the same seed gives the same numbers, and what they show of both policies."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import random
+
+import pytest
+
+from tercet_cli.sim import plots
+from tercet_cli.sim.experiment import Algorithm, Case, run_jobs, run_step, run_trial, write_csv
+from tercet_cli.sim.rounds import Loss, Network, Order, Policy
+from tercet_cli.sim.scale import VARIANTS, Asynchronous, rounds_until, run_scale
+from tercet_cli.sim.statistics import estimate, five_trials
+from tercet_cli.sim.walk import walk
+
+SMALL = 16
+POPCORN = (Policy.PROBE, Policy.ACTIVE, Policy.LOWER)
+
+
+def small(case, drop=0.1, trial=0, **more):
+    return run_trial(case, drop, trial, length_max=SMALL, **more)
+
+
+# ------------------------------------------------------------------ the walk
+
+
+def test_walk_takes_the_first_gap_and_ends_at_its_length():
+    steps = list(walk("seed", SMALL))
+    assert steps[-1].length == SMALL
+    for one, two in itertools.pairwise(steps):
+        assert two.length == one.length + (1 if two.entry.present else -1)
+        if two.entry.present:
+            assert two.entry.nid == two.before.first_gap()
+        else:
+            assert two.entry.nid in two.before
+        assert two.stones.present == two.before.present
+        assert len({entry.incarnation for entry in two.stones if entry.nid == 0}) == 1
+    assert [s.entry for s in walk("seed", SMALL)] == [s.entry for s in steps]
+    assert [s.entry for s in walk("other", SMALL)] != [s.entry for s in steps]
+
+
+# ------------------------------------------------------------------ the experiment
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+def test_same_seed_same_rows(algorithm):
+    case = Case(algorithm)
+    assert small(case) == small(case)
+    assert small(case) != small(case, trial=1)
+
+
+def test_step_alone_is_the_very_step_of_the_whole_trial():
+    case = Case(Algorithm.NEIGHBOURS)
+    whole = small(case)
+    assert small(case, length=9) == [row for row in whole if row.length == 9] != []
+    assert small(case, every=3) == [row for row in whole if row.step % 3 == 0]
+    jobs = [(case, 0.1, trial, 9, SMALL, 1) for trial in (0, 1)]
+    assert list(run_jobs(jobs, 2)) == list(run_jobs(jobs, 1)), "in other processes too"
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+def test_nothing_lost_nothing_to_repair(algorithm):
+    for row in small(Case(algorithm), drop=0.0):
+        assert (row.inconsistent, row.wrong_repairs, row.lost) == (0, 0, 0)
+        assert row.rounds == (algorithm is Algorithm.ACKNOWLEDGEMENT)
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+@pytest.mark.parametrize("order", list(Order))
+def test_checks_between_neighbours_settle_every_error(policy, order):
+    rows = small(Case(Algorithm.NEIGHBOURS, policy, order), drop=0.2)
+    assert not any(row.failed for row in rows)
+    assert any(row.inconsistent for row in rows)
+    assert all((row.rounds > 0) == (row.inconsistent > 0) for row in rows)
+
+
+def test_wrong_repairs_popcorn_many_versioned_none_by_the_same_seeds():
+    wrong, hurt = {}, {}
+    for policy in Policy:
+        rows = small(Case(Algorithm.NEIGHBOURS, policy), drop=0.2)
+        wrong[policy] = sum(row.wrong_repairs for row in rows)
+        hurt[policy] = [row.inconsistent for row in rows]
+    assert wrong.pop(Policy.VERSIONED) == 0
+    assert all(wrong.values()), wrong
+    assert len(set(map(str, hurt.values()))) == 1, "the same messages were lost for all"
+
+
+def test_lost_command_costs_a_subtree_or_one_node():
+    rows = {loss: small(Case(Algorithm.NEIGHBOURS, loss=loss), drop=0.2) for loss in Loss}
+    hurt = {loss: sum(row.inconsistent for row in some) for loss, some in rows.items()}
+    assert hurt[Loss.NODE] < hurt[Loss.SUBTREE]
+
+
+def test_acknowledgements_try_again_and_reach_all_or_give_up():
+    rows = small(Case(Algorithm.ACKNOWLEDGEMENT), drop=0.2)
+    assert max(row.rounds for row in rows) > 2
+    assert all(row.failed or row.inconsistent == 0 for row in rows)
+    assert any(row.failed for row in small(Case(Algorithm.ACKNOWLEDGEMENT), drop=0.6))
+
+
+def test_newcomers_first_contact_is_never_lost():
+    for step in walk("seed", SMALL):
+        if step.entry.present:
+            network = Network(Policy.PROBE, step, 1.0, random.Random(0))
+            assert len(network.machines[step.entry.nid].list) == step.length
+            assert network.inconsistent() == max(0, step.length - 2)
+
+
+def test_csv_is_what_was_counted(tmp_path):
+    rows = small(Case(Algorithm.RANDOM))
+    write_csv(tmp_path / "rounds.csv", rows)
+    with (tmp_path / "rounds.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [int(line["rounds"]) for line in found] == [row.rounds for row in rows]
+    assert {"inconsistent", "flooded", "length", "wrong_repairs"} <= set(found[0])
+
+
+def test_figures_are_the_same_for_the_same_rows(tmp_path):
+    rows = small(Case(Algorithm.NEIGHBOURS))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    made = [plots.source_figures(tmp_path / name, rows, "popcorn") for name in "ab"]
+    assert [path.name.split("-")[1] for path in made[0]] == ["5", "7"]
+    assert [number for number, *_ in plots.FIGURES] == [2, 3, 4, 5, 6, 7]
+    for one, two in zip(*made, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def test_interval_is_that_of_whole_trials():
+    same = [[1, 1, 2, 1]] * 10
+    assert (estimate(same).mean, estimate(same).half) == (1.25, 0.0)
+    split = [[1] * 8, [2] * 8] * 5
+    assert estimate(split).mean == 1.5
+    assert estimate(split).half == pytest.approx(1.96 * 0.5 / 9**0.5)
+
+
+def test_five_trials_of_one_kind_show_what_all_show():
+    five = five_trials([[1, 3]] * 20, "seed")
+    assert (five.mean_low, five.mean_high, five.highest_low, five.highest_high) == (2, 2, 3, 3)
+
+
+# ------------------------------------------------------------------ many nodes
+
+
+def test_thousand_nodes_agree_within_a_few_checks_and_never_wrongly():
+    for variant in VARIANTS[:2]:
+        found = run_scale(variant, 1000, 0.05, 1)
+        assert found.missed > 0
+        assert found.rounds <= 3
+        assert found.wrong_repairs == 0
+        assert found == run_scale(variant, 1000, 0.05, 1)
+
+
+def test_cost_does_not_grow_with_the_number_of_nodes():
+    few, many = (run_scale(VARIANTS[0], nodes, 0.05, 1) for nodes in (100, 2000))
+    assert many.messages_per_node_minute < 1.5 * few.messages_per_node_minute
+    assert many.quiet_bytes_per_node_minute < 2 * few.quiet_bytes_per_node_minute
+
+
+def test_news_that_a_check_brings_goes_down_the_tree():
+    """Node 1 and all below it hear nothing: one check, and they know in O(log n) messages."""
+    hops = {}
+    for variant in VARIANTS[:2]:
+        network = Asynchronous(variant, 1000, 0.0, 1)
+        network.machines[1].locked = True
+        network.add(0.0)
+        network.run(1.0)
+        network.machines[1].locked = False
+        network.run(60.0)
+        assert network.unaware == 0
+        hops[variant.name] = network.hops
+    assert hops["versioned"] <= 24 < hops["without the tree"]
+
+
+def test_rounds_are_counted_by_the_pace_of_checks():
+    assert [rounds_until(s) for s in (0.0, 1.9, 2.0, 5.9, 6.0, 69.9, 70.0)] == [0, 0, 1, 1, 2, 2, 3]
+
+
+def test_run_step_needs_nothing_but_its_step():
+    case = Case(Algorithm.RANDOM, Policy.VERSIONED)
+    step = list(walk("check-random 0", SMALL))[20]
+    assert run_step(case, 0.1, 0, step) == small(case)[20]
