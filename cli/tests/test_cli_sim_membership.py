@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import itertools
 import random
+from collections import Counter
 
 import pytest
 
 from tercet_cli.sim import plots
 from tercet_cli.sim.experiment import Algorithm, Case, run_jobs, run_step, run_trial, write_csv
+from tercet_cli.sim.failures import Peace, run_death, run_peace
 from tercet_cli.sim.rounds import Loss, Network, Order, Policy
 from tercet_cli.sim.scale import VARIANTS, Asynchronous, rounds_until, run_scale
 from tercet_cli.sim.statistics import estimate, five_trials
@@ -185,3 +187,26 @@ def test_run_step_needs_nothing_but_its_step():
     case = Case(Algorithm.RANDOM, Policy.VERSIONED)
     step = list(walk("check-random 0", SMALL))[20]
     assert run_step(case, 0.1, 0, step) == small(case)[20]
+
+
+def test_death_is_known_in_time_and_the_same_by_seed():
+    times = [run_death(30, 0.05, seed) for seed in range(3)]
+    assert times == [run_death(30, 0.05, seed) for seed in range(3)]
+    assert max(times) < 2.0
+
+
+def test_peace_has_no_alarm_and_a_ladder_that_falls():
+    peace = run_peace(20, 0.1, 1, 0.02)
+    assert peace.alarms == 0
+    assert peace.tries[2] > peace.tries[3]
+    assert 0.0 < peace.alarms_a_day() < 1.0
+    both = run_peace(20, 0.1, 2, 0.02)
+    both.add(peace)
+    assert both.seconds == pytest.approx(2 * peace.seconds)
+
+
+def test_ladder_says_what_alarms_would_be():
+    """Every second watch goes on at each step: so is the last one, the judgement."""
+    tries = Counter({2: 3200, 3: 1600, 4: 800, 5: 400, 6: 400})
+    peace = Peace(86_400.0, tries=tries)
+    assert peace.alarms_a_day() == 6400 / 2**5

@@ -12,9 +12,12 @@ from node_membership_net import entry, gone, signed
 from tercet_node.membership import (
     Ack,
     Change,
+    Heard,
     Part,
     Prelim,
     Probe,
+    Relay,
+    Verdict,
     WireError,
     decode_message,
     encode_message,
@@ -43,8 +46,13 @@ messages = st.one_of(
     st.builds(Change, entries),
     st.builds(Prelim, digests),
     parts,
-    st.builds(Probe, numbers),
+    st.builds(Probe, numbers, digests),
     st.builds(Ack, numbers, entries),
+    st.builds(Relay, numbers, st.integers(0, 300)),
+    st.builds(
+        Verdict, st.integers(0, 300), st.binary(min_size=16, max_size=16), numbers, st.booleans()
+    ),
+    st.builds(Heard, st.integers(0, 300), numbers),
 )
 
 
@@ -78,7 +86,7 @@ def test_truncated_or_longer_is_refused(message, length):
 
 
 @settings(max_examples=300)
-@given(st.binary(max_size=64), st.sampled_from([b"", b"TM\x01\x02\x00\x10", b"TM\x01\x04\x00\x08"]))
+@given(st.binary(max_size=64), st.sampled_from([b"", b"TM\x01\x02\x00\x10", b"TM\x01\x08\x00\x0c"]))
 def test_noise_is_refused_or_is_a_message(noise, head):
     try:
         heard = decode_message(head + noise)
@@ -90,7 +98,7 @@ def test_noise_is_refused_or_is_a_message(noise, head):
 def test_bytes_stay_what_they_are():
     """Golden: a change of these bytes is a change of the protocol's version."""
     assert encode_message(Prelim(1)).hex() == "544d01020010" + "00" * 15 + "01"
-    assert encode_message(Probe(258)).hex() == "544d010400080000000000000102"
+    assert encode_message(Probe(258, 3)).hex() == "544d01040018" + "0" * 13 + "102" + "0" * 31 + "3"
     part = encode_message(Part(5, 0, 2, (entry(1), gone(2)), answer=True))
     assert len(part) == 1780
     assert hashlib.sha256(part).hexdigest()[:16] == "2fd4daa6fd3e9e88"

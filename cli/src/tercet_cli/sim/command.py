@@ -78,3 +78,19 @@ def scale(
     sizes = [int(each) for each in nodes.split(",")]
     rates = [float(each) for each in drop.split(",")]
     _tell(_simulations().scale(out, sizes, rates, seeds, jobs))
+
+
+@membership.command()
+def failures(
+    out: Out = OUT,
+    nodes: Annotated[int, typer.Option(min=3, help="Number of nodes.")] = 100,
+    drop: Annotated[str, typer.Option(help="Drop rates; hours without a death at the last.")] = (
+        "0.0,0.05,0.1"
+    ),
+    deaths: Annotated[int, typer.Option(min=2, help="Deaths at each rate.")] = 200,
+    hours: Annotated[float, typer.Option(min=0.0, help="Hours without a death.")] = 2.0,
+    jobs: Jobs = 1,
+) -> None:
+    """How soon a death is known to all, and how often one is imagined."""
+    rates = [float(each) for each in drop.split(",")]
+    _tell(_simulations().failures(out, nodes, rates, deaths, hours, jobs))

@@ -27,6 +27,7 @@ from tercet_cli.sim.experiment import (
     run_jobs,
     write_csv,
 )
+from tercet_cli.sim.failures import Peace, run_death, run_peace
 from tercet_cli.sim.rounds import Loss, Order, Policy
 from tercet_cli.sim.scale import VARIANTS, Scale, Variant, run_scale
 from tercet_cli.sim.statistics import by_trial, estimate, five_trials
@@ -150,6 +151,49 @@ def scale(
     names = list(Scale.__slots__)
     _write(path, names, [[str(getattr(row, name)) for name in names] for row in rows])
     return [path, *plots.scale_figures(out, rows)]
+
+
+def _death_job(job: tuple[int, float, int]) -> float:
+    return run_death(*job)
+
+
+def _peace_job(job: tuple[int, float, int, float]) -> Peace:
+    return run_peace(*job)
+
+
+def failures(
+    out: Path, nodes: int, rates: Sequence[float], deaths: int, hours: float, processes: int
+) -> list[Path]:
+    """The failure detector: deaths, and hours without one at the highest rate."""
+    out.mkdir(parents=True, exist_ok=True)
+    columns = ["NODES", "DROP RATE", "DEATHS", "KNOWN TO ALL: MEDIAN", "99 %", "LONGEST"]
+    shown = []
+    with ProcessPoolExecutor(processes) as pool:
+        for rate in rates:
+            jobs = [(nodes, rate, seed) for seed in range(deaths)]
+            times = sorted(pool.map(_death_job, jobs, chunksize=4))
+            at = (times[deaths // 2], times[deaths * 99 // 100], times[-1])
+            shown.append([str(nodes), str(rate), str(deaths), *(f"{s:.2f} s" for s in at)])
+        parts = [(nodes, max(rates), seed, hours / processes) for seed in range(processes)]
+        quiet = list(pool.map(_peace_job, parts))
+    print_table(columns, shown)
+    peace = Peace(0.0)
+    for each in quiet:
+        peace.add(each)
+    per_node_s = peace.seconds * nodes
+    facts = [
+        ["hours without a death", f"{peace.seconds / 3600:.2f}"],
+        ["drop rate", str(max(rates))],
+        ["false alarms", str(peace.alarms)],
+        ["false alarms a day, by the ladder", f"{peace.alarms_a_day():.4f}"],
+        *([f"answered after {k} in vain", str(peace.tries[k])] for k in sorted(peace.tries)),
+        ["messages per node and second", f"{peace.messages / per_node_s:.2f}"],
+        ["bytes per node and second", f"{peace.bytes / per_node_s:.0f}"],
+    ]
+    print_table(["FACT", "VALUE"], facts)
+    _write(out / "failures.csv", columns, shown)
+    _write(out / "peace.csv", ["fact", "value"], facts)
+    return [out / "failures.csv", out / "peace.csv"]
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -240,14 +240,21 @@ class Network:
         first = min(self.machines)
         span = self.machines[first].list.highest() + 1
         offset = self._rng.randrange(1, span) if span > 1 else 0
-        reached = [first]
-        for nid in reached:
+        heard = {first}
+        down = [first]
+        for nid in down:
             for target in self.machines[nid].list.targets(nid, Nid(span + 1)):
                 self.counts.messages += 1
-                if self._rng.random() < self._drop or target not in self.machines:
+                if target not in self.machines or target in down:
+                    continue
+                if self._rng.random() >= self._drop:
+                    heard.add(target)
+                    down.append(target)
+                else:
                     self.counts.lost += 1
-                elif target not in reached:
-                    reached.append(target)
+                    if self._loss is Loss.NODE:
+                        down.append(target)
+        reached = [nid for nid in down if nid in heard]
         if order is not Order.TREE:
             reached.sort()
         turns: list[tuple[Nid, Nid | None]] = []

@@ -4,11 +4,13 @@ News goes down a binary tree; what the tree missed, a check between neighbours o
 repairs. docs/membership.md has the protocol, where it comes from and what was measured.
 
     errors -> entries -> nodelist, messages, seals -> events, pace -> machine -> popcorn, versioned
+                                                                  -> detector
 
 Pure: `step(event, now) -> effects`. The agent, the simulations of `tercet sim membership` and the
 tests drive the same machines. The list never decides who may write to a volume.
 """
 
+from tercet_node.membership.detector import Detector
 from tercet_node.membership.entries import Entry, Incarnation, Nid, State, newer
 from tercet_node.membership.errors import CommandError, MembershipError, WireError
 from tercet_node.membership.events import (
@@ -20,11 +22,13 @@ from tercet_node.membership.events import (
     Effect,
     Event,
     Introduce,
+    Judged,
     Lock,
     Reason,
     Received,
     Refused,
     Send,
+    Suspected,
     Tick,
     Unlock,
 )
@@ -32,10 +36,13 @@ from tercet_node.membership.machine import Machine, Settings
 from tercet_node.membership.messages import (
     Ack,
     Change,
+    Heard,
     Message,
     Part,
     Prelim,
     Probe,
+    Relay,
+    Verdict,
     decode_message,
     encode_message,
     size_bytes,
@@ -54,12 +61,15 @@ __all__ = [
     "Changed",
     "CheckNow",
     "CommandError",
+    "Detector",
     "Ed25519Seal",
     "Effect",
     "Entry",
     "Event",
+    "Heard",
     "Incarnation",
     "Introduce",
+    "Judged",
     "Lock",
     "Machine",
     "MembershipError",
@@ -75,12 +85,15 @@ __all__ = [
     "Reason",
     "Received",
     "Refused",
+    "Relay",
     "Seal",
     "Send",
     "Settings",
     "State",
+    "Suspected",
     "Tick",
     "Unlock",
+    "Verdict",
     "VersionedMachine",
     "WireError",
     "decode_message",

@@ -127,3 +127,21 @@ class Refused:
 
 
 Effect = Send | Changed | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Suspected:
+    """The detector: a node did not answer in time (cleared: now it has)."""
+
+    nid: Nid
+    tries: int
+    """Probes it has not answered."""
+    cleared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The detector: a node is dead, or alive after all; all are told."""
+
+    nid: Nid
+    alive: bool

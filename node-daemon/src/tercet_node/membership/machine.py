@@ -39,10 +39,13 @@ from tercet_node.membership.messages import (
     ENTRIES_PER_PART,
     Ack,
     Change,
+    Heard,
     Message,
     Part,
     Prelim,
     Probe,
+    Relay,
+    Verdict,
 )
 from tercet_node.membership.nodelist import NodeList
 from tercet_node.membership.pace import interval_s
@@ -133,7 +136,7 @@ class Machine(ABC):
             case Prelim(digest):
                 if digest != self.list.digest:
                     yield from self._mismatch(peer)
-            case Probe(nonce):
+            case Probe(nonce, _):
                 yield Send(peer, Ack(nonce, self.own))
             case Change() | Part() | Ack() if self.locked:
                 yield Refused(peer, Reason.LOCKED)
@@ -143,6 +146,8 @@ class Machine(ABC):
                 yield from self._news(peer, entry, now_s)
             case Ack():
                 yield from self._ack(peer, message, now_s)
+            case Relay() | Verdict() | Heard():
+                yield Refused(peer, Reason.UNASKED)  # the detector's, and it has them
 
     def _tick(self, now_s: float) -> list[Effect]:
         if self.locked:

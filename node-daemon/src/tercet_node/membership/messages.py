@@ -12,8 +12,11 @@
     2     Prelim   digest (16)
     3     Part     digest (16), index (2), total entries (4), flags (1: bit 0 answer), count (1),
                    ENTRIES_PER_PART entries; those after `count` are 0xff throughout
-    4     Probe    nonce (8)
+    4     Probe    nonce (8), digest of the sender's judgements (16; zero if it makes none)
     5     Ack      nonce (8), entry of who answers
+    6     Relay    nonce (8), nid (4)
+    7     Verdict  nid (4), instance (16), sequence (8), alive (1: 0 or 1)
+    8     Heard    nid (4), sequence (8)
 
 All messages of a kind have the same size: how long a list is cannot be told from a message. A
 message has one form only: decode(encode(m)) is m and encode(decode(b)) is b. Anything else is a
@@ -24,13 +27,18 @@ Who sent it is not in a message: the connection's certificate says it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
 from tercet_node.membership.entries import (
     ENTRY_BYTES,
     FINGERPRINT_BYTES,
+    INSTANCE_BYTES,
+    NID_BYTES,
+    NID_MAX,
     Entry,
+    Nid,
     decode,
     encode,
 )
@@ -47,13 +55,18 @@ PADDING = b"\xff" * ENTRY_BYTES
 INDEX_MAX = (1 << 16) - 1
 
 KIND_CHANGE, KIND_PRELIM, KIND_PART, KIND_PROBE, KIND_ACK = 1, 2, 3, 4, 5
+KIND_RELAY, KIND_VERDICT, KIND_HEARD = 6, 7, 8
+SEQUENCE_BYTES = 8
 
 BODY_BYTES = {
     KIND_CHANGE: ENTRY_BYTES,
     KIND_PRELIM: FINGERPRINT_BYTES,
     KIND_PART: PART_BYTES,
-    KIND_PROBE: NONCE_BYTES,
+    KIND_PROBE: NONCE_BYTES + FINGERPRINT_BYTES,
     KIND_ACK: NONCE_BYTES + ENTRY_BYTES,
+    KIND_RELAY: NONCE_BYTES + NID_BYTES,
+    KIND_VERDICT: NID_BYTES + INSTANCE_BYTES + SEQUENCE_BYTES + 1,
+    KIND_HEARD: NID_BYTES + SEQUENCE_BYTES,
 }
 MESSAGE_BYTES_MAX = HEADER_BYTES + max(BODY_BYTES.values())
 
@@ -90,6 +103,7 @@ class Probe:
     """A question: are you alive."""
 
     nonce: int
+    digest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +114,33 @@ class Ack:
     entry: Entry
 
 
-Message = Change | Prelim | Part | Probe | Ack
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """A request: probe that node, and pass its answer on."""
+
+    nonce: int
+    nid: Nid
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A node's instance was judged dead, or it contradicts; goes down the tree of the living."""
+
+    nid: Nid
+    instance: bytes
+    sequence: int
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A Verdict has arrived."""
+
+    nid: Nid
+    sequence: int
+
+
+Message = Change | Prelim | Part | Probe | Ack | Relay | Verdict | Heard
 
 
 def size_bytes(message: Message) -> int:
@@ -113,26 +153,32 @@ def size_bytes(message: Message) -> int:
 
 
 def _kind(message: Message) -> int:
-    match message:
-        case Change():
-            return KIND_CHANGE
-        case Prelim():
-            return KIND_PRELIM
-        case Part():
-            return KIND_PART
-        case Probe():
-            return KIND_PROBE
-        case Ack():
-            return KIND_ACK
-        case _:
-            assert_never(message)
+    return KINDS[type(message)]
+
+
+KINDS: dict[type[Message], int] = {
+    Change: KIND_CHANGE,
+    Prelim: KIND_PRELIM,
+    Part: KIND_PART,
+    Probe: KIND_PROBE,
+    Ack: KIND_ACK,
+    Relay: KIND_RELAY,
+    Verdict: KIND_VERDICT,
+    Heard: KIND_HEARD,
+}
 
 
 def encode_message(message: Message) -> bytes:
     """Its bytes."""
+    kind, body = _kind(message), _body(message)
+    assert len(body) == BODY_BYTES[kind]
+    return MAGIC + bytes((VERSION, kind)) + len(body).to_bytes(2, "big") + body
+
+
+def _body(message: Message) -> bytes:
     match message:
         case Change(entry):
-            body = encode(entry)
+            return encode(entry)
         case Prelim(digest):
             body = digest.to_bytes(FINGERPRINT_BYTES, "big")
         case Part(digest, index, total, entries, answer):
@@ -147,15 +193,20 @@ def encode_message(message: Message) -> bytes:
                     PADDING * (ENTRIES_PER_PART - len(entries)),
                 )
             )
-        case Probe(nonce):
-            body = nonce.to_bytes(NONCE_BYTES, "big")
+        case Probe(nonce, digest):
+            body = nonce.to_bytes(NONCE_BYTES, "big") + digest.to_bytes(FINGERPRINT_BYTES, "big")
         case Ack(nonce, entry):
             body = nonce.to_bytes(NONCE_BYTES, "big") + encode(entry)
+        case Relay(nonce, nid):
+            body = nonce.to_bytes(NONCE_BYTES, "big") + nid.to_bytes(NID_BYTES, "big")
+        case Verdict(nid, instance, sequence, alive):
+            body = nid.to_bytes(NID_BYTES, "big") + instance
+            body += sequence.to_bytes(SEQUENCE_BYTES, "big") + bytes((alive,))
+        case Heard(nid, sequence):
+            body = nid.to_bytes(NID_BYTES, "big") + sequence.to_bytes(SEQUENCE_BYTES, "big")
         case _:
             assert_never(message)
-    kind = _kind(message)
-    assert len(body) == BODY_BYTES[kind]
-    return MAGIC + bytes((VERSION, kind)) + len(body).to_bytes(2, "big") + body
+    return body
 
 
 def body_bytes(header: bytes) -> int:
@@ -178,16 +229,24 @@ def decode_message(raw: bytes) -> Message:
     kind, body = raw[3], raw[HEADER_BYTES:]
     if len(body) != wanted:
         raise WireError(f"body: {len(body)} bytes, not {wanted}")
-    if kind == KIND_CHANGE:
-        return Change(decode(body))
-    if kind == KIND_PRELIM:
-        return Prelim(int.from_bytes(body, "big"))
-    if kind == KIND_PART:
-        return _part(body)
-    nonce = int.from_bytes(body[:NONCE_BYTES], "big")
-    if kind == KIND_PROBE:
-        return Probe(nonce)
-    return Ack(nonce, decode(body[NONCE_BYTES:]))
+    return DECODERS[kind](body)
+
+
+def _number(raw: bytes) -> int:
+    return int.from_bytes(raw, "big")
+
+
+def _nid(raw: bytes) -> Nid:
+    nid = _number(raw)
+    if nid > NID_MAX:
+        raise WireError(f"nid {nid} is more than {NID_MAX}")
+    return Nid(nid)
+
+
+def _verdict(body: bytes) -> Verdict:
+    if body[28] > 1:
+        raise WireError(f"verdict: alive {body[28]}")
+    return Verdict(_nid(body[:4]), body[4:20], _number(body[20:28]), body[28] == 1)
 
 
 def _part(body: bytes) -> Part:
@@ -204,3 +263,15 @@ def _part(body: bytes) -> Part:
     if any(each != PADDING for each in raw[count:]):
         raise WireError(f"part {index}: what follows the entries is not padding")
     return Part(digest, index, total, tuple(decode(each) for each in raw[:count]), flags == 1)
+
+
+DECODERS: dict[int, Callable[[bytes], Message]] = {
+    KIND_CHANGE: lambda body: Change(decode(body)),
+    KIND_PRELIM: lambda body: Prelim(_number(body)),
+    KIND_PART: _part,
+    KIND_PROBE: lambda body: Probe(_number(body[:8]), _number(body[8:])),
+    KIND_ACK: lambda body: Ack(_number(body[:8]), decode(body[8:])),
+    KIND_RELAY: lambda body: Relay(_number(body[:8]), _nid(body[8:])),
+    KIND_VERDICT: _verdict,
+    KIND_HEARD: lambda body: Heard(_nid(body[:4]), _number(body[4:])),
+}

@@ -1,0 +1,300 @@
+"""Who is alive: probe, probe through others, suspect, judge; and everybody hears of a judgement.
+
+Apart from the list on purpose: who belongs to the cluster is the authority's word and lasts; who
+answers is each moment's observation. A judgement never removes an entry.
+
+- A node probes its two neighbours on the ring of the living, so each node has two that watch it. No
+  answer in time: it is suspected, and asked again and again, each time also through two others, so
+  that neither a lost message nor a bad link between two nodes makes a judgement. All of
+  TRIES_MAX in vain: judged dead.
+- A judgement goes to all down the tree of the living, each hop acknowledged and sent again. What is
+  lost all the same is found by the probes: they carry a digest of the judgements, and who has
+  others answers with its own.
+- A judgement names instance and sequence. Who hears of its own death contradicts with the next
+  sequence; the higher sequence holds, of one sequence the death. A new instance starts afresh.
+- One of the dead is probed every DEAD_EVERY_S, another each time: so two halves of a cut network
+  find each other again, although nobody on either side watches anybody on the other.
+
+Time from death to judgement: at most PROBE_EVERY_S + TRIES_MAX * TRY_S; then the tree's hops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tercet_node.membership.entries import Entry, Nid
+from tercet_node.membership.events import Judged, Received, Send, Suspected, Tick
+from tercet_node.membership.messages import Ack, Heard, Message, Probe, Relay, Verdict
+from tercet_node.membership.nodelist import NodeList
+
+PROBE_EVERY_S = 0.5
+TRY_S = 0.15
+TRIES_MAX = 6
+RELAYS = 2
+DEAD_EVERY_S = 5.0
+RESEND_S = 0.1
+RESENDS_MAX = 5
+RELAYED_MAX = 256
+"""Probes for others that are under way."""
+UNHEARD_MAX = 256
+"""Judgements on their way that nobody has acknowledged yet."""
+VERDICTS_PER_ANSWER = 32
+"""Of those that a probe's digest shows to be others; the next answer goes on with the rest."""
+
+Outcome = Send | Judged | Suspected
+
+
+@dataclass(slots=True)
+class _Watch:
+    """A neighbour that is probed."""
+
+    next_s: float
+    tries: int = 0
+    """Probes in vain since the last answer."""
+    nonces: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Unheard:
+    """A judgement that is sent again until it is acknowledged."""
+
+    verdict: Verdict
+    next_s: float
+    left: int = RESENDS_MAX
+
+
+class Detector:
+    """One node's view of who is alive."""
+
+    def __init__(self, me: Entry, members: NodeList, now_s: float = 0.0) -> None:
+        self.me = me
+        self._members = members
+        self._verdicts: dict[Nid, Verdict] = {}
+        self._watches: dict[Nid, _Watch] = {}
+        self._relayed: dict[int, tuple[Nid, int]] = {}
+        """Nonce of ours: who asked, and with which nonce."""
+        self._unheard: dict[tuple[Nid, Nid], _Unheard] = {}
+        """By (to whom, about whom)."""
+        self._nonce = 0
+        self._digest = 0
+        self._living = members
+        self._dead_s = now_s + DEAD_EVERY_S
+        self._dead_turn = int(me.nid)
+        self._watch(now_s)
+
+    # ------------------------------------------------------------------ seen from outside
+
+    def alive(self, nid: Nid) -> bool:
+        """Whether the node is a member and not judged dead."""
+        return nid in self._living
+
+    @property
+    def wake_s(self) -> float:
+        """When it wants a Tick."""
+        times = [watch.next_s for watch in self._watches.values()]
+        times += [unheard.next_s for unheard in self._unheard.values()]
+        times += [self._dead_s] if len(self._living) < len(self._members) else []
+        return min(times, default=float("inf"))
+
+    def step(self, event: Received | Tick, now_s: float) -> list[Outcome]:
+        """Take a message or the time."""
+        match event:
+            case Received(peer, message):
+                return list(self._received(peer, message, now_s))
+            case Tick():
+                return [*self._probes(now_s), *self._resends(now_s), *self._dead(now_s)]
+
+    def members(self, members: NodeList, now_s: float) -> None:
+        """The list has changed."""
+        self._members = members
+        own = members.get(self.me.nid)
+        self.me = self.me if own is None else own
+        for nid, verdict in tuple(self._verdicts.items()):
+            entry = members.get(nid)
+            if entry is None or entry.instance != verdict.instance:
+                self._forget(nid)
+        self._live(now_s)
+
+    # ------------------------------------------------------------------ probes
+
+    def _watch(self, now_s: float) -> None:
+        """Probe who is now next on the ring of the living."""
+        neighbours = self._living.neighbours(self.me.nid)
+        for nid in tuple(self._watches):
+            if nid not in neighbours:
+                del self._watches[nid]
+        for nid in neighbours:
+            if nid not in self._watches:
+                # Spread over the period by nid, so that not all are probed at one time.
+                share = (nid * 7 + self.me.nid * 3) % 16 / 16
+                self._watches[nid] = _Watch(now_s + PROBE_EVERY_S * share)
+
+    def _probes(self, now_s: float) -> Iterator[Outcome]:
+        due = [(nid, watch) for nid, watch in self._watches.items() if watch.next_s <= now_s]
+        for nid, watch in due:
+            if watch.tries == TRIES_MAX:
+                yield from self._judge(self._death(nid), now_s)
+                continue
+            self._nonce += 1
+            watch.nonces.add(self._nonce)
+            yield Send(nid, Probe(self._nonce, self._digest))
+            if watch.tries == 1:
+                yield Suspected(nid, watch.tries)
+            if watch.tries >= 1:
+                for through in self._others(nid, watch.tries):
+                    yield Send(through, Relay(self._nonce, nid))
+            watch.tries += 1
+            watch.next_s = now_s + TRY_S
+
+    def _dead(self, now_s: float) -> Iterator[Outcome]:
+        if now_s < self._dead_s:
+            return
+        self._dead_s = now_s + DEAD_EVERY_S
+        dead = [nid for nid in self._members.nids() if nid not in self._living]
+        if dead:
+            self._dead_turn += 1
+            self._nonce += 1
+            nid = dead[self._dead_turn % len(dead)]
+            yield Send(nid, Probe(self._nonce, self._digest))
+
+    def _others(self, nid: Nid, turn: int) -> list[Nid]:
+        """Other living nodes to ask, other ones at each turn."""
+        found: list[Nid] = []
+        at = self.me.nid + 1 + turn * RELAYS
+        for _ in range(RELAYS + 2):
+            other = self._living.next_from(at)
+            at = other + 1
+            if other not in (nid, self.me.nid, *found) and len(found) < RELAYS:
+                found.append(other)
+        return found
+
+    def _received(self, peer: Nid, message: Message, now_s: float) -> Iterator[Outcome]:
+        past = self._verdicts.get(peer)
+        if past is not None and not past.alive and isinstance(message, Probe | Ack):
+            yield Send(peer, past)  # it lives, and will contradict
+        match message:
+            case Probe(nonce, digest):
+                yield Send(peer, Ack(nonce, self.me))
+                if digest != self._digest:
+                    yield from self._tell(peer, nonce)
+            case Ack(nonce, entry):
+                yield from self._answered(nonce, entry, now_s)
+            case Relay(nonce, nid):
+                yield from self._relay(peer, nonce, nid)
+            case Verdict():
+                yield Send(peer, Heard(message.nid, message.sequence))
+                yield from self._judge(message, now_s, peer)
+            case Heard(nid, sequence):
+                unheard = self._unheard.get((peer, nid))
+                if unheard is not None and unheard.verdict.sequence <= sequence:
+                    del self._unheard[peer, nid]
+            case _:
+                raise AssertionError(f"not the detector's: {message!r}")
+
+    def _tell(self, peer: Nid, turn: int) -> Iterator[Outcome]:
+        """Judgements, as many as an answer may have, other ones at each turn."""
+        found = list(self._verdicts.values())
+        at = turn * VERDICTS_PER_ANSWER % len(found) if found else 0
+        for verdict in (found[at:] + found[:at])[:VERDICTS_PER_ANSWER]:
+            yield Send(peer, verdict)
+
+    def _answered(self, nonce: int, entry: Entry, now_s: float) -> Iterator[Outcome]:
+        asked = self._relayed.pop(nonce, None)
+        if asked is not None:
+            yield Send(asked[0], Ack(asked[1], entry))
+            return
+        for nid, watch in self._watches.items():
+            if nonce in watch.nonces and entry.nid == nid:
+                if watch.tries > 1:
+                    yield Suspected(nid, watch.tries, cleared=True)
+                watch.tries = 0
+                watch.nonces.clear()
+                watch.next_s = now_s + PROBE_EVERY_S
+                return
+
+    def _relay(self, peer: Nid, nonce: int, nid: Nid) -> Iterator[Outcome]:
+        if nid not in self._members:
+            return
+        self._nonce += 1
+        self._relayed[self._nonce] = (peer, nonce)
+        if len(self._relayed) > RELAYED_MAX:
+            del self._relayed[next(iter(self._relayed))]
+        yield Send(nid, Probe(self._nonce, self._digest))
+
+    # ------------------------------------------------------------------ judgements
+
+    def _death(self, nid: Nid) -> Verdict:
+        entry = self._members.get(nid)
+        assert entry is not None, f"node {nid} is watched and no member"
+        past = self._verdicts.get(nid)
+        return Verdict(nid, entry.instance, past.sequence if past else 0, alive=False)
+
+    def _judge(
+        self, verdict: Verdict, now_s: float, source: Nid | None = None
+    ) -> Iterator[Outcome]:
+        nid = verdict.nid
+        entry = self._members.get(nid)
+        past = self._verdicts.get(nid)
+        if entry is None or not entry.present or entry.instance != verdict.instance:
+            return
+        if past is not None and _rank(past) >= _rank(verdict):
+            return
+        accuser = None
+        if nid == self.me.nid and not verdict.alive:
+            verdict = Verdict(nid, verdict.instance, verdict.sequence + 1, alive=True)
+            accuser, source = source, None
+        self._forget(nid)
+        self._verdicts[nid] = verdict
+        self._digest ^= _fingerprint(verdict)
+        self._live(now_s)
+        yield Judged(nid, verdict.alive)
+        targets = self._living.targets(self.me.nid, nid)
+        top = self._living.drop(nid)
+        if source is None and top.present and top.instigator() not in (self.me.nid, *targets):
+            targets.append(top.instigator())
+        if verdict.alive and nid != self.me.nid:
+            targets.append(nid)
+        if accuser is not None and accuser not in targets:
+            targets.append(accuser)
+        for to in targets:
+            if to != source and len(self._unheard) < UNHEARD_MAX:
+                self._unheard[to, nid] = _Unheard(verdict, now_s + RESEND_S)
+                yield Send(to, verdict)
+
+    def _forget(self, nid: Nid) -> None:
+        past = self._verdicts.pop(nid, None)
+        if past is not None:
+            self._digest ^= _fingerprint(past)
+
+    def _live(self, now_s: float) -> None:
+        living = self._members
+        for nid, verdict in self._verdicts.items():
+            if not verdict.alive:
+                living = living.drop(nid)
+        self._living = living
+        self._watch(now_s)
+        for to, nid in tuple(self._unheard):
+            if to not in living:
+                del self._unheard[to, nid]
+
+    def _resends(self, now_s: float) -> Iterator[Outcome]:
+        due = [(key, each) for key, each in self._unheard.items() if each.next_s <= now_s]
+        for key, unheard in due:
+            if unheard.left == 0:
+                del self._unheard[key]
+                continue
+            unheard.left -= 1
+            unheard.next_s = now_s + RESEND_S
+            yield Send(key[0], unheard.verdict)
+
+
+def _rank(verdict: Verdict) -> tuple[int, bool]:
+    return (verdict.sequence, not verdict.alive)
+
+
+def _fingerprint(verdict: Verdict) -> int:
+    nid, sequence = verdict.nid.to_bytes(4, "big"), verdict.sequence.to_bytes(8, "big")
+    whole = hashlib.sha256(nid + verdict.instance + sequence + bytes((verdict.alive,)))
+    return int.from_bytes(whole.digest()[:16], "big")
