@@ -95,6 +95,43 @@ def test_noise_is_refused_or_is_a_message(noise, head):
     assert encode_message(heard) == head + noise
 
 
+PART = Part(5, 0, 2, (entry(1), entry(2)), answer=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "field"),
+    [
+        (0, 0, "header"),
+        (2, 2, "header"),
+        (3, 9, "kind"),
+        (5, 1, "kind"),
+        (28, 2, "flags"),
+        (29, 11, "entries"),
+        (29, 3, "entries"),
+        (6 + 24, 255, "nid"),
+        (6 + 24 + 44, 3, "state"),
+        (6 + 24 + 45, 65, "address"),
+        (6 + 24 + 46, 0xFF, "UTF-8"),
+        (6 + 24 + 109, 1, "address"),
+        (6 + 24 + 110, 17, "token"),
+        (6 + 24 + 174, 1, "token"),
+        (6 + 24 + 2 * 175, 0, "padding"),
+        (-1, 0, "padding"),
+    ],
+)
+def test_each_field_of_a_part_has_its_values(place, value, field):
+    raw = bytearray(encode_message(PART))
+    raw[place] = value
+    with pytest.raises(WireError, match=field):
+        decode_message(bytes(raw))
+
+
+def test_judgement_is_one_of_two():
+    raw = encode_message(Verdict(1, bytes(16), 3, alive=True))
+    with pytest.raises(WireError, match="alive"):
+        decode_message(raw[:-1] + b"\2")
+
+
 def test_bytes_stay_what_they_are():
     """Golden: a change of these bytes is a change of the protocol's version."""
     assert encode_message(Prelim(1)).hex() == "544d01020010" + "00" * 15 + "01"
