@@ -53,6 +53,16 @@ def test_ring_closes(members, nid):
     assert made.neighbours(Nid(nid)) == ((lower,) if lower == higher else (lower, higher))
 
 
+@given(sets, sets, nids)
+def test_dead_count_as_missing_in_ring_and_tree(members, dead, nid):
+    bits = sum(1 << each for each in dead - {nid})
+    whole = NodeList.of(entry(each) for each in members)
+    rest = NodeList.of(entry(each) for each in members - (dead - {nid}))
+    assert whole.neighbours(Nid(nid), bits) == rest.neighbours(Nid(nid))
+    assert whole.targets(Nid(nid), Nid(500), bits) == rest.targets(Nid(nid), Nid(500))
+    assert whole.top(bits) == (rest.instigator() if len(rest) else None)
+
+
 @given(sets, nids)
 def test_tree_reaches_all_but_who_it_is_about_and_nobody_twice(members, about):
     made = NodeList.of(entry(nid) for nid in members)

@@ -4,7 +4,7 @@ News goes down a binary tree; what the tree missed, a check between neighbours o
 repairs. docs/membership.md has the protocol, where it comes from and what was measured.
 
     errors -> entries -> nodelist, messages, seals -> events, pace -> machine -> popcorn, versioned
-                                                                  -> detector
+                                                                  -> detector    -> node
 
 Pure: `step(event, now) -> effects`. The agent, the simulations of `tercet sim membership` and the
 tests drive the same machines. The list never decides who may write to a volume.
@@ -19,6 +19,7 @@ from tercet_node.membership.events import (
     Cause,
     Changed,
     CheckNow,
+    Dead,
     Effect,
     Event,
     Introduce,
@@ -47,6 +48,7 @@ from tercet_node.membership.messages import (
     encode_message,
     size_bytes,
 )
+from tercet_node.membership.node import Node
 from tercet_node.membership.nodelist import NodeList
 from tercet_node.membership.popcorn import PopcornMachine, Reading
 from tercet_node.membership.seals import Ed25519Seal, OpenSeal, Seal, sign
@@ -61,6 +63,7 @@ __all__ = [
     "Changed",
     "CheckNow",
     "CommandError",
+    "Dead",
     "Detector",
     "Ed25519Seal",
     "Effect",
@@ -75,6 +78,7 @@ __all__ = [
     "MembershipError",
     "Message",
     "Nid",
+    "Node",
     "NodeList",
     "OpenSeal",
     "Part",

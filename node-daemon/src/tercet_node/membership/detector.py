@@ -91,6 +91,11 @@ class Detector:
         return nid in self._living
 
     @property
+    def dead(self) -> int:
+        """Members judged dead, as bits by nid."""
+        return self._members.present & ~self._living.present
+
+    @property
     def wake_s(self) -> float:
         """When it wants a Tick."""
         times = [watch.next_s for watch in self._watches.values()]

@@ -69,7 +69,14 @@ class Busy:
     share: float
 
 
-Event = Received | Tick | Introduce | AddNoProp | CheckNow | Lock | Unlock | Busy
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """These are held dead (bits by nid): news and checks go round them."""
+
+    nids: int
+
+
+Event = Received | Tick | Introduce | AddNoProp | CheckNow | Lock | Unlock | Busy | Dead
 
 # ------------------------------------------------------------------ effects
 

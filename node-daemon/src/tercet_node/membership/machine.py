@@ -24,6 +24,7 @@ from tercet_node.membership.events import (
     Cause,
     Changed,
     CheckNow,
+    Dead,
     Effect,
     Event,
     Introduce,
@@ -87,6 +88,8 @@ class Machine(ABC):
         self.list = known if known.get(me.nid) is me else known.put(me)
         self.locked = False
         self.busy = 0.0
+        self.dead = 0
+        """Bits by nid."""
         self._recent: dict[Nid, None] = {me.nid: None}
         """Nids by time of their last change, the latest last."""
         self._changed_s = now_s
@@ -126,6 +129,8 @@ class Machine(ABC):
             case Unlock():
                 self.locked = False
                 self._check_s = min(self._check_s, now_s)
+            case Dead(nids):
+                self.dead = nids
             case Busy(share):
                 self.busy = share
                 self._pace(now_s)
@@ -170,7 +175,7 @@ class Machine(ABC):
         yield self._put(entry, Cause.INJECTED, now_s)
 
     def _check(self, full: bool, peer: Nid | None) -> Iterator[Effect]:
-        peers = self.list.neighbours(self.me) if peer is None else (peer,)
+        peers = self.list.neighbours(self.me, self.dead) if peer is None else (peer,)
         for each in peers:
             if full:
                 yield from self._differs(each)
@@ -235,7 +240,7 @@ class Machine(ABC):
         return interval_s(max(0.0, now_s - self._changed_s), self.busy)
 
     def _forward(self, entry: Entry, but: Iterable[Nid] = ()) -> Iterator[Effect]:
-        for nid in self.list.targets(self.me, entry.nid):
+        for nid in self.list.targets(self.me, entry.nid, self.dead):
             if nid not in but:
                 yield Send(nid, Change(entry))
 

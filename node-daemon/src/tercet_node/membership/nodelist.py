@@ -131,6 +131,11 @@ class NodeList:
         assert self.present, "an empty list has no instigator"
         return Nid((self.present & -self.present).bit_length() - 1)
 
+    def top(self, dead: int) -> Nid | None:
+        """The lowest nid present and not dead: where a tree begins."""
+        there = self.present & ~dead
+        return Nid((there & -there).bit_length() - 1) if there else None
+
     def highest(self) -> Nid:
         """The highest nid present; the list must not be empty."""
         assert self.present, "an empty list has no highest nid"
@@ -144,32 +149,31 @@ class NodeList:
 
     def next_from(self, nid: int) -> Nid:
         """The lowest nid present that is at least this one, around the ring's end."""
-        above = self.present >> nid
-        if above:
-            return Nid(nid + (above & -above).bit_length() - 1)
-        return self.instigator()
+        return _next_from(self.present, nid)
 
-    def next_below(self, nid: int) -> Nid:
-        """The highest nid present below this one, around the ring's end."""
-        below = self.present & ((1 << nid) - 1)
-        return Nid(below.bit_length() - 1) if below else self.highest()
+    def neighbours(self, nid: Nid, dead: int = 0) -> tuple[Nid, ...]:
+        """The next lower and next higher nid present, without doubles and without itself.
 
-    def neighbours(self, nid: Nid) -> tuple[Nid, ...]:
-        """The next lower and next higher nid present, without doubles and without itself."""
-        if not self.present & ~(1 << nid):
+        Nids of `dead` (bits) count as missing, here and in the heap: they are in the list, but to
+        check with them or to have them forward would be in vain.
+        """
+        there = self.present & ~dead & ~(1 << nid)
+        if not there:
             return ()
-        lower, higher = self.next_below(nid), self.next_from(nid + 1)
+        below = there & ((1 << nid) - 1)
+        lower = Nid((below or there).bit_length() - 1)
+        higher = _next_from(there, nid + 1)
         return (lower,) if lower == higher else (lower, higher)
 
     # ------------------------------------------------------------------ the heap
 
-    def targets(self, nid: Nid, about: Nid) -> list[Nid]:
+    def targets(self, nid: Nid, about: Nid, dead: int = 0) -> list[Nid]:
         """To whom `nid` forwards news about `about`, which counts as missing.
 
         A newcomer does not forward yet and a removed node does not any more: either way the
         parent takes over.
         """
-        there = self.present & ~(1 << about)
+        there = self.present & ~(1 << about) & ~dead
         if not there:
             return []
         last = there.bit_length() - 1
@@ -185,3 +189,10 @@ class NodeList:
             else:
                 stack += (2 * at + 2, 2 * at + 1)
         return found
+
+
+def _next_from(there: int, nid: int) -> Nid:
+    above = there >> nid
+    if above:
+        return Nid(nid + (above & -above).bit_length() - 1)
+    return Nid((there & -there).bit_length() - 1)

@@ -60,8 +60,8 @@ class VersionedMachine(Machine):
         if not self._seal.holds(entry):
             raise CommandError(f"nid {entry.nid}: its entry's signature does not hold: sign it")
         yield from self._learn(entry, Cause.TOLD, now_s)
-        first = self.list.instigator()
-        if first not in (self.me, entry.nid):
+        first = self.list.top(self.dead | 1 << entry.nid)
+        if first not in (None, self.me):
             yield Send(first, Change(entry))
 
     def _news(self, peer: Nid, entry: Entry, now_s: float) -> Iterator[Effect]:
