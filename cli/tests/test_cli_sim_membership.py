@@ -12,7 +12,8 @@ import pytest
 from tercet_cli.sim import plots
 from tercet_cli.sim.experiment import Algorithm, Case, run_jobs, run_step, run_trial, write_csv
 from tercet_cli.sim.failures import Peace, run_death, run_peace
-from tercet_cli.sim.rounds import Loss, Network, Order, Policy
+from tercet_cli.sim.membership import table_cases
+from tercet_cli.sim.rounds import Loss, Network, Order, Policy, Sure
 from tercet_cli.sim.scale import VARIANTS, Asynchronous, rounds_until, run_scale
 from tercet_cli.sim.statistics import estimate, five_trials
 from tercet_cli.sim.walk import walk
@@ -93,6 +94,27 @@ def test_lost_command_costs_a_subtree_or_one_node():
     rows = {loss: small(Case(Algorithm.NEIGHBOURS, loss=loss), drop=0.2) for loss in Loss}
     hurt = {loss: sum(row.inconsistent for row in some) for loss, some in rows.items()}
     assert hurt[Loss.NODE] < hurt[Loss.SUBTREE]
+
+
+def test_sure_probes_make_no_newcomer_go_and_the_lower_nid_still_brings_the_removed_back():
+    for policy in (Policy.PROBE, Policy.ACTIVE):
+        rows = small(Case(Algorithm.NEIGHBOURS, policy, sure=Sure.PROBES), drop=0.2)
+        wrong = {row.command for row in rows if row.wrong_repairs}
+        assert wrong == ({"remove"} if policy is Policy.PROBE else set())
+
+
+def test_sure_offset_reaches_everybody():
+    """All but commands and lists are sure: who misses the command has two checks a round."""
+    rounds = {}
+    for sure in (Sure.PROBES, Sure.OFFSETS):
+        case = Case(Algorithm.RANDOM, Policy.ACTIVE, loss=Loss.NODE, sure=sure)
+        rounds[sure] = sum(row.rounds for row in small(case, drop=0.2))
+    assert rounds[Sure.OFFSETS] < rounds[Sure.PROBES]
+
+
+def test_table_has_each_case_once():
+    cases = table_cases()
+    assert len(set(cases)) == len(cases) == 28
 
 
 def test_acknowledgements_try_again_and_reach_all_or_give_up():

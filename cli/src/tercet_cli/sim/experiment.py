@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from tercet_cli.sim.acknowledge import Acknowledged
-from tercet_cli.sim.rounds import ROUNDS_MAX, Loss, Network, Order, Policy
+from tercet_cli.sim.rounds import ROUNDS_MAX, Loss, Network, Order, Policy, Sure
 from tercet_cli.sim.walk import LENGTH_MAX, Step, walk
 
 DROP_RATES = (0.4, 0.2, 0.1, 0.05, 0.0)
@@ -38,6 +38,7 @@ class Case:
     policy: Policy = Policy.PROBE
     order: Order = Order.NID
     loss: Loss = Loss.SUBTREE
+    sure: Sure = Sure.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Row:
     policy: str
     order: str
     loss: str
+    sure: str
     drop_rate: float
     trial: int
     step: int
@@ -77,7 +79,7 @@ def run_step(case: Case, drop: float, trial: int, step: Step) -> Row:
         inconsistent, rounds, counts = sent.inconsistent(), sent.attempts, sent.counts
         failed = sent.failed
     else:
-        network = Network(case.policy, step, drop, rng, case.loss)
+        network = Network(case.policy, step, drop, rng, case.loss, case.sure)
         inconsistent = network.inconsistent()
         rounds = 0
         while network.inconsistent() and rounds < ROUNDS_MAX:
@@ -93,6 +95,7 @@ def run_step(case: Case, drop: float, trial: int, step: Step) -> Row:
         case.policy if case.algorithm is not Algorithm.ACKNOWLEDGEMENT else "-",
         case.order if case.algorithm is not Algorithm.ACKNOWLEDGEMENT else "-",
         case.loss,
+        case.sure,
         drop,
         trial,
         step.number,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from tercet_node.membership import (
     State,
     Suspected,
     Tick,
+    decode_message,
+    encode_message,
     size_bytes,
 )
 from tercet_node.membership.detector import TRIES_MAX
@@ -73,7 +76,9 @@ class Peace:
 class Failing:
     """Detectors, and what is on its way."""
 
-    def __init__(self, nodes: int, drop: float, seed: str) -> None:
+    def __init__(self, nodes: int, drop: float, seed: str, *, encoded: bool = False) -> None:
+        self._encoded = encoded
+        """Messages go through their bytes."""
         self._rng = random.Random(seed)  # noqa: S311 - a simulation
         self._drop = drop
         self._number = count()
@@ -112,7 +117,10 @@ class Failing:
         if self._rng.random() < self._drop or (nid in self.cut) != (send.to in self.cut):
             return
         late_s = DELAY_S_MIN + self._rng.expovariate(1.0 / DELAY_S_MEAN)
-        at = (now_s + late_s, next(self._number), send.to, nid, send.message)
+        message = send.message
+        if self._encoded:
+            message = decode_message(encode_message(message))
+        at = (now_s + late_s, next(self._number), send.to, nid, message)
         heapq.heappush(self._heap, at)
 
     def run(self, until_s: float, about: Nid | None = None) -> float:
@@ -159,3 +167,14 @@ def run_peace(nodes: int, drop: float, seed: int, hours: float) -> Peace:
     network = Failing(nodes, drop, f"peace {nodes} {drop} {seed}")
     network.run(hours * 3600.0)
     return network.counts
+
+
+def cpu_share(nodes: int, seconds: float) -> float:
+    """The part of a core that one node's detector and its messages' bytes take, in peace.
+
+    The simulation's own work is in it; sockets and encryption are not.
+    """
+    network = Failing(nodes, 0.0, f"cpu {nodes}", encoded=True)
+    began_s = time.process_time()
+    network.run(seconds)
+    return (time.process_time() - began_s) / (nodes * seconds)

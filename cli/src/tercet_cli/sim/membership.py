@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
 from itertools import product
 from pathlib import Path
 
@@ -27,14 +28,15 @@ from tercet_cli.sim.experiment import (
     run_jobs,
     write_csv,
 )
-from tercet_cli.sim.failures import Peace, run_death, run_peace
-from tercet_cli.sim.rounds import Loss, Order, Policy
+from tercet_cli.sim.failures import Peace, cpu_share, run_death, run_peace
+from tercet_cli.sim.rounds import Loss, Order, Policy, Sure
 from tercet_cli.sim.scale import VARIANTS, Scale, Variant, run_scale
 from tercet_cli.sim.statistics import by_trial, estimate, five_trials
 from tercet_cli.sim.walk import LENGTH_MAX
 
 TABLE_LENGTH = 85
 TABLE_RATE = 0.05
+CPU_S = 30.0
 SOURCE = {Algorithm.RANDOM: ("1.11", "3"), Algorithm.NEIGHBOURS: ("1.08", "2")}
 CHECKS = (Algorithm.RANDOM, Algorithm.NEIGHBOURS)
 
@@ -50,40 +52,53 @@ def figures(out: Path, trials: int, every: int, processes: int, policy: Policy) 
     """Figures 2 to 7 and the CSV that they are of."""
     out.mkdir(parents=True, exist_ok=True)
     jobs: list[Job] = [
-        (Case(algorithm, policy), rate, trial, None, LENGTH_MAX, every)
+        (Case(algorithm, policy, sure=Sure.PROBES), rate, trial, None, LENGTH_MAX, every)
         for trial, rate, algorithm in product(range(trials), DROP_RATES, Algorithm)
     ]
     rows = _collect(jobs, processes, "figures")
     rows.sort(key=lambda row: (row.algorithm, -row.drop_rate, row.trial, row.step))
     write_csv(out / "rounds.csv", rows)
-    return [out / "rounds.csv", *plots.source_figures(out, rows, policy)]
+    return [out / "rounds.csv", *plots.source_figures(out, rows, f"{policy}, probes are sure")]
+
+
+def table_cases() -> list[Case]:
+    """Every way to understand what the source leaves open, as far as it tells apart."""
+    cases = [
+        Case(algorithm, policy, Order.NID, loss)
+        for loss, algorithm, policy in product(Loss, CHECKS, Policy)
+    ]
+    for loss in Loss:
+        cases += [
+            Case(Algorithm.RANDOM, Policy.ACTIVE, Order.NID, loss, Sure.PROBES),
+            Case(Algorithm.RANDOM, Policy.ACTIVE, Order.NID, loss, Sure.OFFSETS),
+            Case(Algorithm.NEIGHBOURS, Policy.PROBE, Order.NID, loss, Sure.PROBES),
+            Case(Algorithm.NEIGHBOURS, Policy.ACTIVE, Order.NID, loss, Sure.PROBES),
+        ]
+    cases += [
+        Case(algorithm, Policy.ACTIVE, order)
+        for algorithm, order in product(CHECKS, (Order.TREE, Order.TOGETHER))
+    ]
+    return cases
 
 
 def table(out: Path, trials: int, processes: int) -> list[Path]:
     """Table 1 beside ours, for every way to understand what the source leaves open."""
     out.mkdir(parents=True, exist_ok=True)
-    cases = [
-        Case(algorithm, policy, Order.NID, loss)
-        for loss, algorithm, policy in product(Loss, CHECKS, Policy)
-    ]
-    cases += [
-        Case(algorithm, Policy.ACTIVE, order)
-        for algorithm, order in product(CHECKS, (Order.TREE, Order.TOGETHER))
-    ]
-    columns = ["ALGORITHM", "POLICY", "ORDER", "LOSS", "STEPS", "AVERAGE", "MAXIMUM"]
+    cases = table_cases()
+    columns = ["ALGORITHM", "POLICY", "ORDER", "LOSS", "SURE", "STEPS", "AVERAGE", "MAXIMUM"]
     columns += ["FIVE TRIALS", "THEIR MAXIMUM", "SOURCE", "ITS MAXIMUM", "WRONG", "GIVEN UP"]
     shown = []
     for case in cases:
         jobs: list[Job] = [
             (case, TABLE_RATE, trial, TABLE_LENGTH, LENGTH_MAX, 1) for trial in range(trials)
         ]
-        rows = _collect(jobs, processes, f"{case.algorithm} {case.policy} {case.order} {case.loss}")
+        rows = _collect(jobs, processes, " ".join(map(str, astuple(case))))
         found = by_trial(rows)
         all_of_them, five = estimate(found), five_trials(found, str(case))
         wrong = sum(row.wrong_repairs for row in rows) / len(rows)
         shown.append(
             [
-                *map(str, (case.algorithm, case.policy, case.order, case.loss)),
+                *map(str, (case.algorithm, case.policy, case.order, case.loss, case.sure)),
                 str(all_of_them.steps),
                 str(all_of_them),
                 str(all_of_them.highest),
@@ -189,6 +204,7 @@ def failures(
         *([f"answered after {k} in vain", str(peace.tries[k])] for k in sorted(peace.tries)),
         ["messages per node and second", f"{peace.messages / per_node_s:.2f}"],
         ["bytes per node and second", f"{peace.bytes / per_node_s:.0f}"],
+        ["a node's part of a core, without sockets", f"{100 * cpu_share(nodes, CPU_S):.3f} %"],
     ]
     print_table(["FACT", "VALUE"], facts)
     _write(out / "failures.csv", columns, shown)

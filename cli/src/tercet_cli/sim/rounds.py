@@ -19,6 +19,7 @@ from enum import StrEnum
 
 from tercet_cli.sim.walk import Step
 from tercet_node.membership import (
+    Ack,
     Cause,
     Change,
     Changed,
@@ -84,6 +85,16 @@ class Loss(StrEnum):
     """Only this node: those below hear of it all the same."""
 
 
+class Sure(StrEnum):
+    """What cannot be lost, as in a simulation that calls instead of sending."""
+
+    NOTHING = "nothing"
+    PROBES = "probes"
+    """A probe of the node in question, and its answer."""
+    OFFSETS = "probes+offset"
+    """Those, and the instigator's offset on its way down the tree."""
+
+
 READINGS = {
     Policy.PROBE: Reading.PROBE,
     Policy.ACTIVE: Reading.ACTIVE,
@@ -118,9 +129,16 @@ class Network:
     """The nodes of one step."""
 
     def __init__(
-        self, policy: Policy, step: Step, drop: float, rng: random.Random, loss: Loss = Loss.SUBTREE
+        self,
+        policy: Policy,
+        step: Step,
+        drop: float,
+        rng: random.Random,
+        loss: Loss = Loss.SUBTREE,
+        sure: Sure = Sure.NOTHING,
     ) -> None:
         self.policy = policy
+        self._sure = sure
         self._loss = loss
         versioned = policy is Policy.VERSIONED
         before = step.stones if versioned else step.before
@@ -176,7 +194,8 @@ class Network:
         if isinstance(send.message, Probe):
             self._probing[sender] = None
         to = self.machines.get(send.to)
-        if self._rng.random() < self._drop:
+        sure = self._sure is not Sure.NOTHING and isinstance(send.message, Probe | Ack)
+        if not sure and self._rng.random() < self._drop:
             self.counts.lost += 1
             if to is not None and self._loss is Loss.NODE and isinstance(send.message, Change):
                 targets = to.list.targets(send.to, send.message.entry.nid)
@@ -247,7 +266,7 @@ class Network:
                 self.counts.messages += 1
                 if target not in self.machines or target in down:
                     continue
-                if self._rng.random() >= self._drop:
+                if self._sure is Sure.OFFSETS or self._rng.random() >= self._drop:
                     heard.add(target)
                     down.append(target)
                 else:
