@@ -86,6 +86,7 @@ def test_newcomer_is_watched_and_a_removed_node_is_not():
     net.nodes[5] = Node(VersionedMachine(comer, OpenSeal(), net.nodes[0].machine.list), net.now_s)
     net.tell(0, Introduce(comer))
     net.run(6.0)
+    assert {node.detector.alive(5) for node in net.nodes.values()} == {True}
     net.silence(5)
     net.run(9.0)
     assert {node.detector.alive(5) for node in net.nodes.values()} == {False}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from node_membership_net import CLUSTER, FAULTS, KEY, Net, entry, gone, signed, unsigned
 
 from tercet_node.membership import (
+    Ack,
     AddNoProp,
     Busy,
     Cause,
@@ -82,13 +83,14 @@ def test_newcomer_is_known_to_all_and_knows_all(policy):
     assert [e.cause for n, e in net.effects if n != 9] == [Cause.TOLD] * 9
 
 
-def test_popcorn_newcomer_below_all_is_no_authority():
+@pytest.mark.parametrize("reading", list(Reading))
+def test_popcorn_newcomer_below_all_is_no_authority(reading):
     """Nid 0 was free: the newcomer is lower than everybody and knows nobody."""
-    net = Net(popcorn(6)[1:])
+    net = Net(popcorn(6, reading=reading)[1:])
     for machine in net.machines.values():
         machine.list = machine.list.drop(0)
     comer = entry(0, 2)
-    net.machines[0] = PopcornMachine(comer)
+    net.machines[0] = PopcornMachine(comer, reading=reading)
     net.tell(1, Introduce(comer))
     assert {tuple(m.list.nids()) for m in net.machines.values()} == {tuple(range(6))}
 
@@ -328,6 +330,20 @@ def test_answers_to_no_question_are_refused():
     machine = popcorn(3)[0]
     ack = popcorn(3)[1].step(Received(0, Probe(1)), 0.0)[0].message
     assert told(machine, ack) == [Refused(1, Reason.UNASKED)]
+
+
+def test_answer_in_anothers_name_is_refused():
+    """Node 2 asks node 4; node 3 answers with the nonce, then with node 4's entry."""
+    machine = popcorn(4)[2]
+    machine.list = machine.list.put(entry(4))
+    lower = popcorn(4)[1].step(CheckNow(full=True, peer=2), 0.0)[0].message
+    asked = [e for e in told(machine, lower) if isinstance(e.message, Probe)]
+    assert [e.to for e in asked] == [4]
+    for answer in (entry(3), entry(4)):
+        ack = Ack(asked[0].message.nonce, answer)
+        assert told(machine, ack, peer=3) == [Refused(3, Reason.UNASKED)]
+    assert told(machine, Ack(asked[0].message.nonce, entry(4)), peer=4) == []
+    assert machine.step(Tick(), 1.9) == [], "nothing is asked any more"
 
 
 def test_list_that_is_not_what_its_digest_says_is_refused():
