@@ -6,10 +6,12 @@ import csv
 import itertools
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tercet_cli.sim import plots
+from tercet_cli.sim.command import app
 from tercet_cli.sim.experiment import Algorithm, Case, run_jobs, run_step, run_trial, write_csv
 from tercet_cli.sim.failures import Peace, run_death, run_peace
 from tercet_cli.sim.membership import table_cases
@@ -232,3 +234,32 @@ def test_ladder_says_what_alarms_would_be():
     tries = Counter({2: 3200, 3: 1600, 4: 800, 5: 400, 6: 400})
     peace = Peace(86_400.0, tries=tries)
     assert peace.alarms_a_day() == 6400 / 2**5
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figures", "--policy", "mine"], "--policy mine: there is none"),
+        (["scale", "--nodes", "10,many"], "--nodes 10,many"),
+        (["scale", "--drop", "1.5"], "not all within 0 to 1"),
+    ],
+)
+def test_command_that_cannot_be_says_why_and_what_to_do(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        app(["membership", *arguments])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "next:" in said
+
+
+def test_command_writes_what_it_names(tmp_path, capsys):
+    arguments = ["--nodes", "20,40", "--drop", "0.05", "--seeds", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        app(["membership", "scale", *arguments])
+    assert ended.value.code == 0
+    named = capsys.readouterr().out.split()
+    assert {Path(each).name for each in named} == {path.name for path in tmp_path.iterdir()}

@@ -30,10 +30,26 @@ def _simulations() -> ModuleType:
     try:
         from tercet_cli.sim import membership as simulations
     except ImportError as error:
-        errors.print(f"error: simulations need more packages: {error}", markup=False)
-        errors.print("next:  pip install 'tercet-cli[sim]'", markup=False)
-        raise typer.Exit(EXIT_ERROR) from error
+        message = f"simulations need more packages: {error}"
+        raise _refuse(message, "pip install 'tercet-cli[sim]'") from error
     return simulations
+
+
+def _refuse(message: str, next_step: str) -> typer.Exit:
+    errors.print(f"error: {message}", markup=False)
+    errors.print(f"next:  {next_step}", markup=False)
+    return typer.Exit(EXIT_ERROR)
+
+
+def _numbers(option: str, text: str, low: float, high: float) -> list[float]:
+    """Numbers between commas."""
+    try:
+        numbers = [float(each) for each in text.split(",")]
+    except ValueError as error:
+        raise _refuse(f"{option} {text}: {error}", "give numbers between commas") from error
+    if not all(low <= number <= high for number in numbers):
+        raise _refuse(f"{option} {text}: not all within {low:g} to {high:g}", "give others")
+    return numbers
 
 
 def _tell(paths: Sequence[Path]) -> None:
@@ -51,6 +67,9 @@ def figures(
 ) -> None:
     """Figures 2 to 7 of the source: three algorithms, five drop rates, up to 100 nodes."""
     simulations = _simulations()
+    if policy not in list(simulations.Policy):
+        known = ", ".join(simulations.Policy)
+        raise _refuse(f"--policy {policy}: there is none", f"take one of {known}")
     _tell(simulations.figures(out, trials, every, jobs, simulations.Policy(policy)))
 
 
@@ -75,8 +94,8 @@ def scale(
     jobs: Jobs = 1,
 ) -> None:
     """Up to 10,000 nodes with our rules, asynchronous, with delays and losses."""
-    sizes = [int(each) for each in nodes.split(",")]
-    rates = [float(each) for each in drop.split(",")]
+    sizes = [int(each) for each in _numbers("--nodes", nodes, 3, 16_000)]
+    rates = _numbers("--drop", drop, 0.0, 1.0)
     _tell(_simulations().scale(out, sizes, rates, seeds, jobs))
 
 
@@ -92,5 +111,5 @@ def failures(
     jobs: Jobs = 1,
 ) -> None:
     """How soon a death is known to all, and how often one is imagined."""
-    rates = [float(each) for each in drop.split(",")]
+    rates = _numbers("--drop", drop, 0.0, 1.0)
     _tell(_simulations().failures(out, nodes, rates, deaths, hours, jobs))
