@@ -7,6 +7,7 @@ import itertools
 import random
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -152,6 +153,13 @@ def test_figures_are_the_same_for_the_same_rows(tmp_path):
     assert [number for number, *_ in plots.FIGURES] == [2, 3, 4, 5, 6, 7]
     for one, two in zip(*made, strict=True):
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_figures_that_are_compared_have_room_for_both():
+    rows = [*small(Case(Algorithm.RANDOM)), *small(Case(Algorithm.NEIGHBOURS))]
+    lines = plots.by_length((row for row in rows if row.algorithm == Algorithm.RANDOM), fmean)
+    both = plots.highest(rows, (Algorithm.RANDOM, Algorithm.NEIGHBOURS), fmean)
+    assert both >= max(y for points in lines.values() for _, y in points) > 0
 
 
 # ------------------------------------------------------------------ numbers

@@ -48,6 +48,18 @@ def by_length(
     }
 
 
+def highest(
+    rows: Sequence[Row], algorithms: Iterable[Algorithm], of: Callable[[Sequence[int]], float]
+) -> float:
+    """The highest point of any of these algorithms' lines."""
+    return max(
+        y
+        for algorithm in algorithms
+        for points in by_length((r for r in rows if r.algorithm == algorithm), of).values()
+        for _, y in points
+    )
+
+
 FIGURES = (
     (2, Algorithm.ACKNOWLEDGEMENT, fmean, "average attempts"),
     (3, Algorithm.ACKNOWLEDGEMENT, max, "maximum attempts"),
@@ -62,7 +74,8 @@ def source_figures(folder: Path, rows: Sequence[Row], note: str) -> list[Path]:
     """Figures 2 to 7; 4 and 5, and 6 and 7, have the same axes, as in the source."""
     made = []
     for number, algorithm, of, what in FIGURES:
-        pair = [a for _, a, o, _ in FIGURES if o is of and a is not Algorithm.ACKNOWLEDGEMENT]
+        pair = [a for _, a, o, _ in FIGURES if o is of and any(row.algorithm == a for row in rows)]
+        pair = [a for a in pair if a is not Algorithm.ACKNOWLEDGEMENT]
         rounds = algorithm is not Algorithm.ACKNOWLEDGEMENT
         shown = by_length((row for row in rows if row.algorithm == algorithm), of)
         if not shown:
@@ -71,8 +84,7 @@ def source_figures(folder: Path, rows: Sequence[Row], note: str) -> list[Path]:
         for rate, points in shown.items():
             plt.plot(*zip(*points, strict=True), label=str(rate), linewidth=1)
         if rounds:
-            both = by_length((row for row in rows if row.algorithm in pair), of)
-            plt.ylim(0, 1.05 * max(y for points in both.values() for _, y in points))
+            plt.ylim(0, 1.05 * highest(rows, pair, of))
         else:
             plt.yscale("log")
         title = f"Figure {number}: {what}, {algorithm}{f' ({note})' if rounds else ''}"
