@@ -63,6 +63,8 @@ def tiers() -> tuple[Tier, ...]:
     """All tiers, in the order in which they run."""
     sim = cargo("run", "-q", "--profile", "sim", "-p", "tercet-sim")
     canary = (*sim, "--features", "canary", "--")
+    model = cargo("run", "-q", "--profile", "sim", "-p", "tercet-model")
+    model_canary = (*model, "--features", "canary", "--")
     return (
         Tier(
             "lint",
@@ -94,7 +96,12 @@ def tiers() -> tuple[Tier, ...]:
             "1,000 seeds of whole nodes under faults",
             ((*sim, "--", "run", "--seeds", "1000", "--start", "1", "--jobs", "2"),),
         ),
-        Tier("canaries", "rules broken on purpose, each caught", ((*canary, "canaries"),)),
+        Tier("model", "every state within the bounds of short spaces", ((*model, "--", "run"),)),
+        Tier(
+            "canaries",
+            "rules broken on purpose, each caught",
+            ((*canary, "canaries"), (*model_canary, "canaries")),
+        ),
         Tier("control-plane", "a real API server: CRDs, operator, agent", (pytest("-m", "local"),)),
         Tier(
             "cluster",

@@ -52,7 +52,7 @@ impl BlockRange {
 }
 
 /// What an entry does to the volume when it is applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EntryKind {
     /// Nothing: makes everything before it committed (rule T6).
     Noop,
@@ -88,7 +88,7 @@ pub enum EntryKind {
 }
 
 /// An entry without its payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EntryHeader {
     /// The epoch in which its primary made it, and its place.
     pub place: Place,
@@ -115,7 +115,7 @@ impl EntryHeader {
 }
 
 /// An entry: header and, for a write, the payload (exactly `payload_bytes()` long, else empty).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Entry {
     /// Place and kind.
     pub header: EntryHeader,
@@ -125,7 +125,7 @@ pub struct Entry {
 
 /// What a replica has promised: to accept entries of this epoch from this instance only, and
 /// nothing older ever again (rules W2, T4, T8). Kept together with the configuration promised.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Promise {
     /// The configuration; its epoch and its primary's instance are the promise.
     pub config: Config,

@@ -71,7 +71,7 @@ pub enum Frame {
 }
 
 /// A message from one engine's shard to another's.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Message {
     /// Between two replicas of a volume.
     Replica(Envelope, ReplicaMessage),
@@ -80,7 +80,7 @@ pub enum Message {
 }
 
 /// What each message between replicas names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Envelope {
     /// The volume.
     pub volume: VolumeId,
@@ -95,7 +95,7 @@ pub struct Envelope {
 }
 
 /// What each message between pairs names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PairEnvelope {
     /// The sender's instance.
     pub instance: InstanceId,
@@ -104,7 +104,7 @@ pub struct PairEnvelope {
 }
 
 /// What replicas say to each other.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ReplicaMessage {
     /// Primary to secondary: take these entries directly after `prev` (W1, W2). Without entries it
     /// asks whether `prev` matches and announces the commit.
@@ -182,7 +182,7 @@ pub enum ReplicaMessage {
 }
 
 /// What a replica says of its log (T2, T4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tail {
     /// Its last entry, durable.
     pub tail: Place,
@@ -195,7 +195,7 @@ pub struct Tail {
 }
 
 /// What shards say to each other.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum PairMessage {
     /// I am here, and ask for a grant (L2).
     Beat {

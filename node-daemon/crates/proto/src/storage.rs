@@ -13,7 +13,7 @@ use crate::entry::{BlockRange, Entry, EntryHeader, Place, Promise};
 use crate::ids::{Lsn, ReplicaId, SnapshotId, Token, VolumeId};
 
 /// What a replica is, as far as storage knows. Cheap to clone.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ReplicaState {
     /// The volume.
     pub volume: VolumeId,
@@ -40,7 +40,7 @@ pub struct ReplicaState {
 }
 
 /// How much an incomplete replica may have acknowledged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Incomplete {
     /// At most up to here.
     AcknowledgedUpTo(Place),
@@ -63,7 +63,7 @@ impl Incomplete {
 }
 
 /// What a clone starts from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
     /// The volume that the snapshot is of.
     pub volume: VolumeId,
@@ -75,7 +75,7 @@ pub struct Source {
 }
 
 /// A snapshot that a replica has.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SnapshotState {
     /// Which.
     pub id: SnapshotId,
@@ -86,7 +86,7 @@ pub struct SnapshotState {
 }
 
 /// A replica to be made (rule T9: at creation or as a learner only).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NewReplica {
     /// The volume.
     pub volume: VolumeId,
@@ -104,7 +104,7 @@ pub struct NewReplica {
 }
 
 /// Why storage refuses or fails.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Error)]
 pub enum StorageError {
     /// No replica of that volume here.
     #[error("no replica of volume {0} is here")]

@@ -37,7 +37,7 @@ pub struct HostIdentity {
 }
 
 /// A host's command on a volume.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum HostCommand {
     /// Read blocks.
     Read(BlockRange),
@@ -106,7 +106,7 @@ pub struct VolumeView {
 }
 
 /// One of `spec.attachments`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Attachment {
     /// The host's NQN.
     pub host_nqn: String,

@@ -18,7 +18,7 @@ use crate::primary::Primary;
 use crate::replica::{Replica, Role};
 use crate::takeover::best;
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Candidate {
     pub config: Config,
     /// The seal answers, with the instance that gave each; this replica's own among them.
@@ -29,7 +29,7 @@ pub(crate) struct Candidate {
     fetch: Option<Fetch>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Fetch {
     source: ReplicaId,
     after: Place,
@@ -125,7 +125,7 @@ impl Replica {
             let log_start = Lsn(1);
             let (tail, commit) = (Place::EMPTY, Place::EMPTY);
             let empty = Tail { tail, commit, log_start, incomplete: None };
-            self.on_sealed(envelope.to, envelope.instance, empty, cx);
+            self.on_sealed(envelope.from, envelope.instance, empty, cx);
         }
     }
 
@@ -273,5 +273,18 @@ impl Replica {
         }
         self.role = Role::Primary(Box::new(primary));
         self.open(cx);
+    }
+}
+
+#[cfg(feature = "model")]
+impl Candidate {
+    /// See `Node::forget_pace`.
+    pub fn forget_pace(&mut self, paced: Instant) {
+        if let Some(sent) = &mut self.sent {
+            *sent = paced;
+        }
+        if let Some(fetch) = &mut self.fetch {
+            fetch.sent = paced;
+        }
     }
 }

@@ -24,7 +24,7 @@ use crate::primary::Primary;
 use crate::replica::{Replica, Role};
 
 /// The newest entries of the log (W7).
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Hash, Default)]
 pub(crate) struct Recent {
     entries: VecDeque<Entry>,
     bytes: usize,
@@ -71,7 +71,7 @@ impl Recent {
 }
 
 /// What the primary knows of another voter.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 #[expect(clippy::struct_excessive_bools, reason = "independent facts of one member")]
 pub(crate) struct MemberState {
     pub replica: ReplicaId,
@@ -444,5 +444,13 @@ impl Recent {
         let (count, bytes) = known
             .fold((0, 0), |(count, bytes), entry| (count + 1, bytes + entry.payload.len() as u64));
         bytes + (lacking - count) * tercet_proto::BLOCK_BYTES as u64
+    }
+}
+
+#[cfg(feature = "model")]
+impl MemberState {
+    /// See `Node::forget_pace`.
+    pub fn forget_pace(&mut self, paced: Instant) {
+        self.progress = paced;
     }
 }

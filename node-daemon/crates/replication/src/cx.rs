@@ -46,7 +46,7 @@ pub(crate) struct Sender {
 }
 
 /// What an answer of storage or of the agent is for.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) enum Purpose {
     /// `create_replica` for a control request.
     Create(Token, NewReplica),
@@ -67,7 +67,7 @@ pub(crate) enum Purpose {
 }
 
 /// A host's command that waits for bytes.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct HostRead {
     pub epoch: Epoch,
     pub association: AssociationId,
@@ -76,7 +76,7 @@ pub(crate) struct HostRead {
 }
 
 /// Whom to send the entries.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct FetchRead {
     pub epoch: Epoch,
     pub peer: PeerId,
@@ -85,7 +85,7 @@ pub(crate) struct FetchRead {
 }
 
 /// Requests that are out, by the token that their answer will carry.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Hash, Default)]
 pub(crate) struct Tokens {
     last: u64,
     out: BTreeMap<Token, Purpose>,
@@ -110,5 +110,13 @@ impl Tokens {
             Purpose::Delete(_, deleted) => *deleted == volume,
             _ => false,
         })
+    }
+}
+
+#[cfg(feature = "model")]
+impl Tokens {
+    /// See `Node::forget_pace`: the number of a request that was answered is free again.
+    pub fn forget_pace(&mut self) {
+        self.last = self.out.keys().next_back().map_or(0, |token| token.0);
     }
 }

@@ -22,7 +22,7 @@ use crate::primary::Origin;
 use crate::replica::{Replica, Role};
 
 /// An association of a host at this path.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Association {
     host: HostIdentity,
     /// It existed while this node served: a demotion ends it (H4).
@@ -38,7 +38,7 @@ struct Association {
 }
 
 /// A command that waits for the log, the lease, or an entry to be committed.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Held {
     association: AssociationId,
     token: Token,
@@ -46,7 +46,7 @@ struct Held {
 }
 
 /// The hosts of one volume at this path.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Hosts {
     volume: VolumeId,
     associations: BTreeMap<AssociationId, Association>,
@@ -61,7 +61,7 @@ pub(crate) struct Hosts {
 }
 
 /// A fence that is to be reported once everything up to `after` is committed (H5).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub(crate) struct FenceWanted {
     generation: u64,
     after: Lsn,

@@ -24,7 +24,7 @@ const BEATS_REMEMBERED: usize = 64;
 const EXITS_REMEMBERED: usize = 256;
 
 /// This shard and one at a peer.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Pair {
     instance: InstanceId,
     shards: u16,
@@ -60,7 +60,7 @@ impl Pair {
 }
 
 /// Every pair of this shard.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Pairs {
     me: Identity,
     held: Duration,
@@ -297,5 +297,21 @@ impl Pairs {
     ) -> Option<Instant> {
         let (_, pair) = self.find(node, volume)?;
         (pair.instance == instance).then_some(pair.granted_until)
+    }
+}
+
+#[cfg(feature = "model")]
+impl Pairs {
+    /// See `Node::forget_pace`: beats are numbered by when they are sent, what has run out is gone.
+    pub fn forget_pace(&mut self, now: Instant, lease: Duration, beats: &[(u64, Instant)]) {
+        self.granted.retain(|_, at| now.since(*at) < lease);
+        for pair in self.by_peer.values_mut() {
+            pair.number = beats.last().map_or(0, |(number, _)| number - 1);
+            pair.sent = beats.iter().copied().collect();
+            pair.echoed = Instant(0);
+            if pair.granted_until <= now {
+                pair.granted_until = Instant(0);
+            }
+        }
     }
 }

@@ -31,6 +31,8 @@ mod cx;
 mod hosts;
 mod lease;
 mod log;
+#[cfg(feature = "model")]
+pub mod model;
 mod node;
 pub mod options;
 mod primary;

@@ -10,7 +10,7 @@ use tercet_proto::message::Tail;
 use tercet_proto::storage::{Incomplete, Storage};
 use tercet_proto::{Entry, EntryKind, Lsn, Place, ReplicaState, StorageError, VolumeId};
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Log {
     volume: VolumeId,
     /// Last entry.

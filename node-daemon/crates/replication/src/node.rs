@@ -23,15 +23,15 @@ use crate::options::Options;
 use crate::replica::Replica;
 
 /// The state machine of one shard.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Node {
-    options: Options,
-    pairs: Pairs,
-    tokens: crate::cx::Tokens,
-    replicas: BTreeMap<VolumeId, Replica>,
+    pub(crate) options: Options,
+    pub(crate) pairs: Pairs,
+    pub(crate) tokens: crate::cx::Tokens,
+    pub(crate) replicas: BTreeMap<VolumeId, Replica>,
     associations: BTreeMap<AssociationId, VolumeId>,
-    timers: BTreeSet<(Instant, VolumeId)>,
-    next_beat: Instant,
+    pub(crate) timers: BTreeSet<(Instant, VolumeId)>,
+    pub(crate) next_beat: Instant,
     /// `Control::Stop` is waited for until then.
     stopping: Option<(Token, Instant)>,
 }
@@ -146,7 +146,7 @@ impl Node {
     }
 
     /// Runs something on one replica, and notes when it wants to be woken.
-    fn with<R>(
+    pub(crate) fn with<R>(
         &mut self,
         volume: VolumeId,
         now: Instant,

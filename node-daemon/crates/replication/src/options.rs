@@ -5,7 +5,7 @@ use std::time::Duration;
 use tercet_proto::{InstanceId, Instant, NodeName};
 
 /// Who this shard is; drawn and read by the executor at start.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Identity {
     /// This node.
     pub node: NodeName,
@@ -18,7 +18,7 @@ pub struct Identity {
 }
 
 /// The times of the protocol. All nodes have the same `lease`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub struct Timing {
     /// D of rule L2.
     pub lease: Duration,
@@ -67,7 +67,7 @@ impl Timing {
 }
 
 /// What bounds the queues.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub struct Limits {
     /// W7: entries that a secondary may be behind before it is served from the log.
     pub recent_entries: usize,
@@ -98,7 +98,7 @@ impl Default for Limits {
 
 /// A rule that is broken on purpose, to show that the tests have teeth. Each names its rule.
 #[cfg(feature = "canary")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Canary {
     /// W4: a host gets its completion when the primary alone is durable.
     AckBeforeMajority,
@@ -139,7 +139,7 @@ pub enum Canary {
 }
 
 /// Everything a [`crate::Node`] is told at its start.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Options {
     /// Who it is.
     pub identity: Identity,

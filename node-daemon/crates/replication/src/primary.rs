@@ -23,7 +23,7 @@ use crate::options::canary;
 use crate::replica::{Replica, Role};
 
 /// Who waits for an entry to be committed.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) enum Origin {
     /// Nobody: the no-op.
     Protocol,
@@ -34,7 +34,7 @@ pub(crate) enum Origin {
 }
 
 /// An entry that is appended and not committed.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Pending {
     pub lsn: Lsn,
     pub kind: EntryKind,
@@ -42,14 +42,14 @@ pub(crate) struct Pending {
 }
 
 /// A hand-over on its way.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Leaving {
     pub to: Option<NodeName>,
     pub token: Option<Token>,
     pub until: Instant,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Primary {
     pub config: Config,
     pub members: Vec<MemberState>,
@@ -324,5 +324,16 @@ impl Replica {
             self.feed(cx);
             self.check_lease(cx);
         }
+    }
+}
+
+#[cfg(feature = "model")]
+impl Primary {
+    /// See `Node::forget_pace`.
+    pub fn forget_pace(&mut self, paced: Instant) {
+        if let Some(wanted) = &mut self.active_wanted {
+            *wanted = paced;
+        }
+        self.members.iter_mut().for_each(|member| member.forget_pace(paced));
     }
 }

@@ -23,7 +23,7 @@ use crate::seal::{GrantsOut, Sealing};
 use crate::takeover::Watch;
 
 /// What the replica does in its epoch.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) enum Role {
     /// Takes entries of the promised (epoch, instance); matched up to here in this epoch (W3).
     Follower { matched: tercet_proto::Lsn },
@@ -38,7 +38,7 @@ impl Role {
 }
 
 /// The newest configuration seen, promised or not.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Known {
     pub config: Config,
     /// When its epoch was first seen here (T2).
@@ -48,14 +48,14 @@ pub(crate) struct Known {
 }
 
 /// A hand-over that was begun here and is answered when the other one serves.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct HandedOver {
     pub token: Token,
     pub epoch: Epoch,
     pub until: Instant,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Replica {
     pub volume: VolumeId,
     pub id: ReplicaId,

@@ -15,7 +15,7 @@ use crate::options::canary;
 use crate::replica::{Replica, Role};
 
 /// A seal that goes on.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(crate) struct Sealing {
     /// What is promised.
     pub config: Config,
@@ -24,7 +24,7 @@ pub(crate) struct Sealing {
     sealed: BTreeSet<InstanceId>,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Step {
     /// Log writes are in flight.
     Drain,
@@ -35,14 +35,14 @@ enum Step {
 }
 
 /// Grants of this replica that may be out, to whichever instance holds them (T4).
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Hash, Default)]
 pub(crate) struct GrantsOut {
     out: Vec<GrantOut>,
     /// Final for that (epoch, instance) (L5).
     given_back: BTreeSet<(Epoch, InstanceId)>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct GrantOut {
     epoch: Epoch,
     holder: InstanceId,
@@ -246,5 +246,15 @@ impl Replica {
             self.demote(cx);
             self.send_give_back(epoch, cx);
         }
+    }
+}
+
+#[cfg(feature = "model")]
+impl GrantsOut {
+    /// See `Node::forget_pace`: what has run out holds up no seal.
+    pub fn forget_pace(&mut self, now: Instant) {
+        self.out.retain(|grant| grant.until > now);
+        self.out.sort_by_key(|grant| (grant.epoch, grant.holder, grant.until));
+        self.out.dedup_by_key(|grant| (grant.epoch, grant.holder, grant.until));
     }
 }

@@ -18,7 +18,7 @@ use crate::replica::{Replica, Role};
 const OPINION_BEATS: u32 = 2;
 
 /// What a follower thinks of its primary.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Hash, Default)]
 pub(crate) struct Watch {
     asked: Option<Instant>,
     opinions: BTreeMap<ReplicaId, Opinion>,
@@ -31,7 +31,7 @@ pub(crate) struct Watch {
     aside_count: u32,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Opinion {
     at: Instant,
     misses: bool,
@@ -262,4 +262,12 @@ pub(crate) fn best<'a>(
     tails: impl Iterator<Item = (&'a ReplicaId, &'a Tail)>,
 ) -> Option<(ReplicaId, Place)> {
     tails.map(|(id, tail)| (tail.tail, *id)).max().map(|(place, id)| (id, place))
+}
+
+#[cfg(feature = "model")]
+impl Watch {
+    /// See `Node::forget_pace`.
+    pub fn forget_pace(&mut self) {
+        *self = Self { stand_now: self.stand_now, ..Self::default() };
+    }
 }
