@@ -1,7 +1,7 @@
 //! Rules broken on purpose, one at a time: for each the check has to find a counterexample.
 //!
 //! Only the rules that the model can express are here; hosts (H2 to H4), damage (R1) and incomplete
-//! replicas (T5) are the simulator's. Those that these bounds do not show are in docs/testing-model.md.
+//! replicas (T5) are the simulator's. What these bounds do not show: docs/testing-model.md.
 
 use tercet_replication::options::Canary;
 
