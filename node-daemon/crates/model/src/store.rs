@@ -13,11 +13,13 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, SnapshotState, Storage, StorageEvent};
 use tercet_proto::{
-    BlockRange, Config, Entry, EntryHeader, EntryKind, Lsn, Place, Promise, ReplicaId,
-    ReplicaState, StorageError, Token, VolumeId,
+    BlockRange, Config, Copies, Entry, EntryHeader, EntryKind, Lsn, Piece, Place, Promise,
+    ReplicaId, ReplicaState, StampRun, StorageError, Token, View, ViewId, VolumeId,
 };
 
 use crate::SIZE_BLOCKS;
+
+const NO_COPIES: &str = "no log of the model is cut";
 
 /// What is on its way to the device.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -173,6 +175,53 @@ pub fn write_of(kind: &EntryKind) -> Option<u8> {
     match kind {
         EntryKind::Zero { range, .. } => Some(range.start as u8),
         _ => None,
+    }
+}
+
+/// No log of the model is cut and no replica becomes incomplete: nobody needs a copy (C2).
+impl Copies for Store {
+    fn freeze(&mut self, _: VolumeId) -> Option<View> {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn thaw(&mut self, _: ViewId) {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn view_stamps(&self, _: ViewId, _: usize, _: u64) -> Option<Vec<StampRun>> {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn read_view(&mut self, _: ViewId, _: usize, _: &[BlockRange], _: Token) {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn stamps(&self, _: VolumeId, _: BlockRange) -> Vec<StampRun> {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn copy_begin(&mut self, _: VolumeId, _: &[SnapshotState]) {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn copy_resize(&mut self, _: VolumeId, _: u64) {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn copy_write(&mut self, _: VolumeId, _: Vec<Piece>, _: Token) {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn copy_snapshot(&mut self, _: VolumeId, _: SnapshotState) {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn copy_settle(&mut self, _: VolumeId, _: Token) {
+        unreachable!("{NO_COPIES}")
+    }
+
+    fn copy_finish(&mut self, _: VolumeId, _: Place, _: Token) {
+        unreachable!("{NO_COPIES}")
     }
 }
 

@@ -7,6 +7,7 @@
 //! it is kept to `tercet-store`.
 
 pub mod config;
+pub mod copy;
 pub mod disk;
 pub mod entry;
 pub mod ids;
@@ -15,6 +16,7 @@ pub mod storage;
 pub mod time;
 
 pub use config::{Config, ConfigState, IllegalStep, Member, Primary};
+pub use copy::{Copies, Piece, StampRun, View, ViewId};
 pub use entry::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise};
 pub use ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, SnapshotId, Token, VolumeId};
 pub use storage::{

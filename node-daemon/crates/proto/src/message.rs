@@ -9,6 +9,7 @@
 //! doubled or overtaken.
 
 mod codec;
+mod copy;
 mod wire;
 
 pub use codec::{
@@ -16,13 +17,15 @@ pub use codec::{
     encode_hello,
 };
 
+pub use copy::CopyMessage;
+
 use crate::config::Config;
 use crate::entry::{Entry, Place};
 use crate::ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, VolumeId};
 use crate::storage::Incomplete;
 
 /// The version of the protocol that this crate speaks, and the oldest one that it still does.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The oldest version of the protocol that this crate still speaks.
 pub const VERSION_MIN: u16 = 1;
 /// Most entries in one message.
@@ -77,6 +80,17 @@ pub enum Message {
     Replica(Envelope, ReplicaMessage),
     /// Between two shards.
     Pair(PairEnvelope, PairMessage),
+}
+
+impl Message {
+    /// The version of the protocol that it came with: who speaks only an older one is not sent it,
+    /// and its frame says so.
+    pub fn version(&self) -> u16 {
+        match self {
+            Self::Replica(_, ReplicaMessage::Copy(_)) => 2,
+            _ => 1,
+        }
+    }
 }
 
 /// What each message between replicas names.
@@ -179,6 +193,8 @@ pub enum ReplicaMessage {
     GiveBack,
     /// Primary to the member that shall follow it: stand now (hand-over).
     Stand,
+    /// Of a copy (C2).
+    Copy(CopyMessage),
 }
 
 /// What a replica says of its log (T2, T4).

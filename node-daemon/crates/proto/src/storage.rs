@@ -9,6 +9,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::config::Config;
+use crate::copy::Copies;
 use crate::entry::{BlockRange, Entry, EntryHeader, Place, Promise};
 use crate::ids::{Lsn, ReplicaId, SnapshotId, Token, VolumeId};
 
@@ -149,7 +150,8 @@ pub enum StorageEvent {
         /// Everything up to this place.
         place: Place,
     },
-    /// `create_replica`, `delete_replica`, `set_promise` or `set_incomplete` is durable, or failed.
+    /// `create_replica`, `delete_replica`, `set_promise` or `set_incomplete` is durable, or failed;
+    /// or a step of a copy is done (`Copies`).
     Done {
         /// The caller's token.
         token: Token,
@@ -181,7 +183,7 @@ pub enum StorageEvent {
 }
 
 /// A store of replicas. See the module's text for when things take effect.
-pub trait Storage {
+pub trait Storage: Copies {
     /// Every replica here.
     fn replicas(&self) -> Vec<ReplicaState>;
 

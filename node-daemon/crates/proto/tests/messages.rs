@@ -4,13 +4,14 @@
 use bytes::Bytes;
 use proptest::prelude::*;
 use tercet_proto::message::{
-    Decoder, Envelope, Frame, HEADER_BYTES, Hello, Message, PairEnvelope, PairMessage,
+    CopyMessage, Decoder, Envelope, Frame, HEADER_BYTES, Hello, Message, PairEnvelope, PairMessage,
     ReplicaMessage, Tail, WireError, crc32c, encode, encode_hello,
 };
 use tercet_proto::storage::Incomplete;
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, Config, ConfigState, Entry, EntryHeader, EntryKind, Epoch, InstanceId,
-    Lsn, Member, NodeName, Place, Primary, ReplicaId, SnapshotId, VolumeId,
+    Lsn, Member, NodeName, Place, Primary, ReplicaId, SnapshotId, SnapshotState, StampRun, View,
+    ViewId, VolumeId,
 };
 
 fn place(epoch: u64, lsn: u64) -> Place {
@@ -69,7 +70,42 @@ fn entries() -> Vec<Entry> {
     kinds.into_iter().enumerate().map(entry).collect()
 }
 
+/// What version 2 has besides (C2).
+fn copies() -> Vec<Message> {
+    use CopyMessage as C;
+    let (view, part) = (ViewId(7), 1);
+    let snapshot = |n: u8| SnapshotState {
+        id: SnapshotId::from_bytes([n; 16]),
+        place: place(2, u64::from(n)),
+        size_blocks: 60,
+    };
+    let offered = View {
+        id: view,
+        place: place(4, 30),
+        size_blocks: 77,
+        snapshots: vec![snapshot(8), snapshot(9)],
+    };
+    let run = |count, hole| StampRun { count, stamp: place(3, 12), hole };
+    let ranges = vec![BlockRange { start: 9, count: 1 }, BlockRange { start: 12, count: 2 }];
+    let payload = Bytes::from(vec![0x5a; 3 * BLOCK_BYTES]);
+    let copies = [
+        C::Offer { view: offered, start: place(4, 20), settled: true },
+        C::AskStamps { view, part, from: 1024 },
+        C::Stamps { view, part, from: 1024, runs: vec![run(3, true), run(9, false)] },
+        C::AskBlocks { view, part, ranges: ranges.clone() },
+        C::Blocks { view, part, ranges, payload },
+        C::Copied { view },
+        C::Finish { view },
+    ];
+    let message = |copy| Message::Replica(envelope(), ReplicaMessage::Copy(copy));
+    copies.into_iter().map(message).collect()
+}
+
 fn messages() -> Vec<Message> {
+    messages_of_version_1().into_iter().chain(copies()).collect()
+}
+
+fn messages_of_version_1() -> Vec<Message> {
     use ReplicaMessage as R;
     let replica = [
         R::Append { prev: place(4, 10), commit: place(4, 9), entries: entries() },
@@ -213,8 +249,42 @@ fn golden_bytes() {
     encode_hello(&hello, &mut bytes);
     assert_eq!(hex(&bytes), GOLDEN_HELLO);
     assert_eq!(decode(bytes), Ok(Some(Frame::Hello(hello))));
-    let all: Vec<u8> = messages().iter().flat_map(bytes_of).collect();
+    let all: Vec<u8> = messages_of_version_1().iter().flat_map(bytes_of).collect();
     assert_eq!(format!("{:08x}", crc32c(&all)), GOLDEN_ALL, "CRC32C of one message of each kind");
+}
+
+/// The messages of version 2, and who is sent them.
+#[test]
+fn golden_bytes_of_copies() {
+    let copied = hex(&bytes_of(&copies()[5]));
+    assert_eq!(&copied[..32], "54524550020013005000000000000000");
+    assert_eq!(copied[copied.len() - 16..], *"0700000000000000");
+    let all: Vec<u8> = copies().iter().flat_map(bytes_of).collect();
+    assert_eq!(format!("{:08x}", crc32c(&all)), GOLDEN_COPIES, "CRC32C of all of them");
+    assert!(copies().iter().all(|message| message.version() == 2));
+    assert!(messages_of_version_1().iter().all(|message| message.version() == 1));
+}
+
+/// Whoever answers with more than was asked, or can be asked, is not believed.
+#[test]
+fn copies_are_bounded() {
+    let tail = |bytes: &mut Vec<u8>, back: usize, with: &[u8]| {
+        let at = bytes.len() - back;
+        bytes[at..at + with.len()].copy_from_slice(with);
+        let body = crc32c(&bytes[HEADER_BYTES..]).to_le_bytes();
+        bytes[16..20].copy_from_slice(&body);
+        let crc = crc32c(&bytes[..20]).to_le_bytes();
+        bytes[20..24].copy_from_slice(&crc);
+    };
+    let mut stamps = bytes_of(&copies()[2]);
+    tail(&mut stamps, 21, &(1_u32 << 20).to_le_bytes());
+    assert_eq!(decode(stamps), Err(WireError::Field("run of stamps")));
+    let mut ask = bytes_of(&copies()[3]);
+    tail(&mut ask, 4, &257_u32.to_le_bytes());
+    assert_eq!(decode(ask), Err(WireError::Field("number of blocks")));
+    let mut blocks = bytes_of(&copies()[4]);
+    *blocks.last_mut().expect("a payload") ^= 1;
+    assert_eq!(decode(blocks), Err(WireError::BlocksChecksum));
 }
 
 const GOLDEN_BEAT: &str = concat!(
@@ -226,6 +296,7 @@ const GOLDEN_HELLO: &str = concat!(
     "066e6f64652d6104040404040404040404040404040404010002000000"
 );
 const GOLDEN_ALL: &str = "b493710d";
+const GOLDEN_COPIES: &str = "0598bc12";
 
 #[test]
 fn lengths_are_refused_before_anything_is_kept() {
@@ -272,7 +343,7 @@ proptest! {
         payload_bytes in 0_u32..64,
     ) {
         let mut frame = b"TREP".to_vec();
-        frame.extend_from_slice(&1_u16.to_le_bytes());
+        frame.extend_from_slice(&2_u16.to_le_bytes());
         frame.extend_from_slice(&[kind, 0]);
         frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
         frame.extend_from_slice(&payload_bytes.to_le_bytes());
@@ -285,7 +356,7 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_bit_is_noticed(which in 0_usize..18, at in any::<prop::sample::Index>(), bit in 0_u8..8) {
+    fn a_flipped_bit_is_noticed(which in 0_usize..25, at in any::<prop::sample::Index>(), bit in 0_u8..8) {
         let message = messages().swap_remove(which);
         let mut frame = bytes_of(&message);
         let at = at.index(frame.len());
@@ -294,7 +365,7 @@ proptest! {
     }
 
     #[test]
-    fn a_cut_frame_waits_for_the_rest(which in 0_usize..18, at in any::<prop::sample::Index>()) {
+    fn a_cut_frame_waits_for_the_rest(which in 0_usize..25, at in any::<prop::sample::Index>()) {
         let frame = bytes_of(&messages()[which]);
         let at = at.index(frame.len());
         prop_assert_eq!(decode(frame[..at].to_vec()), Ok(None));

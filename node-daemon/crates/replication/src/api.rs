@@ -300,6 +300,8 @@ pub enum Notice {
     RestoredObject(Epoch),
     /// This replica of a clone has its snapshot's blocks now: it is complete (rule S3).
     Filled,
+    /// This replica has been copied from the primary's: it is complete again (rule C2).
+    Copied,
 }
 
 /// What a member looks like from the primary, for `status.replicas` and metrics.

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 
 use tercet_proto::message::{ENTRIES_MAX, Envelope, ReplicaMessage, Tail};
 use tercet_proto::{
-    Entry, InstanceId, Instant, Lsn, Member, NodeName, Place, ReplicaId, StorageError,
+    Entry, Epoch, InstanceId, Instant, Lsn, Member, NodeName, Place, ReplicaId, StorageError,
 };
 
 use crate::api::{MemberStatus, Notice, Output};
@@ -91,6 +91,8 @@ pub(crate) struct MemberState {
     probing: Option<Place>,
     /// Served from the log (W7, C1).
     lagging: bool,
+    /// It lacks what this log no longer has: only a copy helps (C2).
+    beyond: bool,
     reading: bool,
     /// When it last said something new, or was last probed.
     progress: Instant,
@@ -110,6 +112,7 @@ impl MemberState {
             sent: Lsn(0),
             probing: None,
             lagging: false,
+            beyond: false,
             reading: false,
             progress: now,
         }
@@ -129,6 +132,22 @@ impl MemberState {
     /// Whether its acknowledgements count (W4, C2).
     pub fn counts(&self) -> bool {
         self.sealed && !self.incomplete
+    }
+
+    /// Whether it is offered a copy (C2). Who is complete gives up what it has only once the no-op
+    /// is committed.
+    pub fn needs_copy(&self, settled: bool) -> bool {
+        self.sealed && (self.incomplete || (self.beyond && settled))
+    }
+
+    /// It is no complete copy, or is one again: either way nothing is known of its log any more.
+    fn set_incomplete(&mut self, incomplete: bool) {
+        if self.incomplete != incomplete {
+            self.incomplete = incomplete;
+            self.in_sync = false;
+            (self.matched, self.sent) = (Lsn(0), Lsn(u64::MAX));
+            self.probing = Some(Place { epoch: Epoch(u64::MAX), lsn: Lsn(u64::MAX) });
+        }
     }
 
     fn has_probe_to_send(&self) -> bool {
@@ -214,7 +233,8 @@ impl Feed<'_> {
         if member.sent < tail {
             member.lagging = true;
             if cx.storage.header(self.from.volume, member.sent.next()).is_none() {
-                return; // the log has been cut since: beyond it only a copy helps (C2)
+                member.beyond = true; // the log has been cut since
+                return;
             }
             member.reading = true;
             let purpose = Purpose::LagRead(self.from.volume, self.from.epoch, member.replica);
@@ -260,15 +280,22 @@ impl Replica {
         let first = member.answered != Some(envelope.instance);
         member.answered = Some(envelope.instance);
         member.sealed = true;
-        member.incomplete = false;
+        let again = member.incomplete;
+        member.set_incomplete(false);
+        member.beyond = false;
         member.heard = member.heard.max(commit);
         member.progress = cx.now;
         member.matched = member.matched.max(length.min(feed.log.tail.lsn));
-        if member.has_probe_to_send() || member.probing.is_some_and(|p| p.lsn <= matched) {
+        if again {
+            // Whatever it had before, where its log ends now is to be found out.
+        } else if member.has_probe_to_send() || member.probing.is_some_and(|p| p.lsn <= matched) {
             let hint = member.probing.take();
             if member.has_probe_to_send() {
                 member.sent = hint.map_or(matched, |place| place.lsn).min(matched);
             }
+        }
+        if !member.has_probe_to_send() {
+            member.sent = member.sent.max(member.matched);
         }
         let in_sync = member.matched >= feed.commit.lsn;
         if in_sync != member.in_sync {
@@ -303,13 +330,17 @@ impl Replica {
         let Some(member) = members.iter_mut().find(|m| m.replica == envelope.from) else { return };
         let first = member.answered != Some(envelope.instance);
         member.answered = Some(envelope.instance);
-        member.incomplete = incomplete;
+        member.set_incomplete(incomplete);
         let answers = member.probing.is_none_or(|probing| probing == named);
         let hint = hint.max(applied);
         // Where its place is cut from this log, asking again at once would go on for ever (C2).
         let lower = feed.log.not_after(cx.storage, hint) != named;
-        if !incomplete && answers && lower && !member.has_probe_to_send() {
-            feed.probe(member, hint, cx);
+        if !incomplete && answers && !member.has_probe_to_send() {
+            if lower {
+                feed.probe(member, hint, cx);
+            } else {
+                member.beyond = true;
+            }
         }
         if first {
             self.check_lease(cx);

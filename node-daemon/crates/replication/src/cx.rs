@@ -7,6 +7,7 @@ use tercet_proto::storage::Storage;
 use tercet_proto::{Epoch, Instant, NewReplica, NodeName, Place, ReplicaId, Token, VolumeId};
 
 use crate::api::{AssociationId, HostCommand, Output, PeerId};
+use crate::copy_source::CopyRead;
 use crate::lease::Pairs;
 use crate::options::Options;
 
@@ -38,7 +39,7 @@ impl Cx<'_> {
 }
 
 /// Who speaks, and about which epoch.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub(crate) struct Sender {
     pub volume: VolumeId,
     pub replica: ReplicaId,
@@ -60,6 +61,10 @@ pub(crate) enum Purpose {
     LagRead(VolumeId, Epoch, ReplicaId),
     /// `read_log` for a new primary's fetch (T5).
     FetchRead(VolumeId, FetchRead),
+    /// `read_view` for a member that copies (C2).
+    CopyRead(CopyRead),
+    /// A step of a copy here (C2).
+    Copy(VolumeId),
     /// `chunk_sums` for a control request.
     Sums(Token, Place),
     /// A compare-and-swap.

@@ -12,6 +12,7 @@
 //! | `replica` | learning configurations (T1, T8), one way down (H4), lease of a volume (L2, L3) |
 //! | `primary` | W1, W4, T6, T7, T8 |
 //! | `catchup` | W7, C1, the primary's side of W2 and W3 |
+//! | `copy_source`, `copy_target` | C2, C3 |
 //! | `secondary` | W2, W3, W5 |
 //! | `log` | places: matching (W2), never below `applied` |
 //! | `takeover` | T2, T3 |
@@ -27,6 +28,8 @@ pub mod api;
 mod candidate;
 mod catchup;
 mod control;
+mod copy_source;
+mod copy_target;
 mod cx;
 mod hosts;
 mod lease;

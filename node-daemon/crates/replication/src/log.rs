@@ -57,6 +57,16 @@ impl Log {
         Tail { tail: self.durable, commit: self.heard, log_start, incomplete: self.incomplete }
     }
 
+    /// The place before the first entry that the log still has: whoever has it lacks nothing that
+    /// is not here (C1).
+    pub fn start(&self, storage: &dyn Storage) -> Place {
+        let first = storage.replica(self.volume).map_or(Lsn(1), |state| state.log_start);
+        match first {
+            first if first > self.tail.lsn => self.tail,
+            first => storage.header(self.volume, first).expect("the log starts there").prev(),
+        }
+    }
+
     /// The place of the entry at `lsn`, when the log or what is known of it says so.
     pub fn place_at(&self, storage: &dyn Storage, lsn: Lsn) -> Option<Place> {
         match lsn {
@@ -68,6 +78,11 @@ impl Log {
         }
         let own = storage.header(self.volume, lsn).map(|header| header.place);
         own.or_else(|| storage.header(self.volume, lsn.next()).map(|header| header.prev()))
+    }
+
+    /// Whether it is a clone's that awaits its snapshot (S3).
+    pub fn awaits(&self) -> bool {
+        matches!(self.incomplete, Some(Incomplete::Awaits(_)))
     }
 
     /// Whether the log has this entry, as far as can be known (W2).

@@ -279,6 +279,10 @@ impl Node {
                 Some(Purpose::HostRead(volume, read)) => {
                     self.with(volume, now, storage, out, |r, cx| r.on_host_read(read, result, cx));
                 }
+                Some(Purpose::CopyRead(read)) => {
+                    let volume = read.volume;
+                    self.with(volume, now, storage, out, |r, cx| r.on_copy_read(read, result, cx));
+                }
                 Some(Purpose::Sums(control, place)) => {
                     let sums = result.map(|rows| ControlDone::ChunkSums(place, rows));
                     out.push(Output::ControlDone(control, sums.map_err(ControlError::from)));
@@ -320,6 +324,9 @@ impl Node {
         match self.tokens.take(token) {
             Some(Purpose::Promise(volume)) => {
                 self.with(volume, now, storage, out, |r, cx| r.on_promised(token, &result, cx));
+            }
+            Some(Purpose::Copy(volume)) => {
+                self.with(volume, now, storage, out, |r, cx| r.on_copy_done(token, &result, cx));
             }
             Some(Purpose::Create(control, new)) => {
                 self.created((control, new), result, now, storage, out);
@@ -551,6 +558,10 @@ impl Replica {
             }
             ReplicaMessage::GiveBack => self.on_give_back(envelope.epoch, envelope.instance, cx),
             ReplicaMessage::Stand => self.on_stand(envelope, cx),
+            ReplicaMessage::Copy(message) if message.is_question() => {
+                self.on_copy_question(peer, envelope, message, cx);
+            }
+            ReplicaMessage::Copy(message) => self.on_copy_answer(peer, envelope, message, cx),
         }
     }
 }

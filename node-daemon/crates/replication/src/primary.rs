@@ -18,6 +18,7 @@ use bytes::Bytes;
 
 use crate::api::{Ana, AssociationId, ControlDone, HostDone, Notice, Output};
 use crate::catchup::{MemberState, Recent};
+use crate::copy_source::Outgoing;
 use crate::cx::Cx;
 use crate::options::canary;
 use crate::replica::{Replica, Role};
@@ -68,6 +69,8 @@ pub(crate) struct Primary {
     /// Reads of hosts at storage.
     pub reads: usize,
     pub fence: Option<crate::hosts::FenceWanted>,
+    /// What members copy from (C2).
+    pub copies: Outgoing,
 }
 
 impl Primary {
@@ -87,11 +90,17 @@ impl Primary {
             leaving: None,
             reads: 0,
             fence: None,
+            copies: Outgoing::new(),
         }
     }
 
     pub fn epoch(&self) -> Epoch {
         self.config.epoch
+    }
+
+    /// The no-op of this epoch is committed (T6).
+    pub fn settled(&self) -> bool {
+        self.noop.is_some_and(|noop| self.commit.lsn >= noop)
     }
 
     pub fn member(&mut self, replica: ReplicaId) -> Option<&mut MemberState> {
@@ -236,7 +245,7 @@ impl Replica {
     /// T7: only now, when the no-op is committed and the attachments are known.
     pub fn serve(&mut self, cx: &mut Cx<'_>) {
         let Role::Primary(primary) = &mut self.role else { return };
-        let committed = primary.noop.is_some_and(|noop| primary.commit.lsn >= noop)
+        let committed = primary.settled()
             || (canary!(cx.options, CountOlderEntry) && primary.commit == self.log.durable);
         if primary.serving || !committed {
             return;
@@ -303,6 +312,7 @@ impl Replica {
     pub fn tick_primary(&mut self, cx: &mut Cx<'_>) {
         self.open(cx);
         self.tick_members(cx);
+        self.tick_copies(cx);
         self.serve(cx);
         self.check_lease(cx);
         self.want_active(cx);

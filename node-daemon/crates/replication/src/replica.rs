@@ -14,6 +14,7 @@ use tercet_proto::{
 
 use crate::api::{Ana, ControlDone, ControlError, Notice, Output, VolumeView};
 use crate::candidate::Candidate;
+use crate::copy_target::Incoming;
 use crate::cx::{Cx, Purpose, Sender};
 use crate::hosts::Hosts;
 use crate::log::Log;
@@ -75,6 +76,8 @@ pub(crate) struct Replica {
     /// The outcome of a swap is unknown: asked for a consistent read, when (T3).
     pub reading: Option<Instant>,
     pub handed_over: Vec<HandedOver>,
+    /// What is copied to this replica (C2).
+    pub incoming: Incoming,
     /// When it wants a tick, if earlier than the next beat.
     pub deadline: Option<Instant>,
     ana: Ana,
@@ -102,6 +105,7 @@ impl Replica {
             swap: None,
             reading: None,
             handed_over: Vec::new(),
+            incoming: Incoming::default(),
             deadline: None,
             ana: Ana::Inaccessible,
         }
@@ -257,7 +261,9 @@ impl Replica {
         if primary.serving {
             cx.out.push(Output::Notice(self.volume, Notice::Stopped(primary.epoch())));
         }
-        for token in primary.controls() {
+        let controls = primary.controls();
+        Self::end_copies(primary.copies, cx);
+        for token in controls {
             let interrupted = Err(ControlError::Interrupted(self.volume));
             cx.out.push(Output::ControlDone(token, interrupted));
         }

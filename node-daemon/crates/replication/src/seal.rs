@@ -150,6 +150,7 @@ impl Replica {
                 self.grants.out.push(GrantOut { epoch, holder, until });
             }
         }
+        self.incoming.stop(); // it was on the word of who led before (C2)
         self.sealing = Some(Sealing { config, step: Step::Drain, sealed: BTreeSet::new() });
         self.tick_seal(cx);
     }

@@ -14,7 +14,7 @@ use crate::replica::{Replica, Role};
 
 impl Replica {
     /// Whether a message of a primary fits the durable promise and no seal is going on (W2, T4).
-    fn fits_promise(&self, envelope: &Envelope, cx: &Cx<'_>) -> bool {
+    pub fn fits_promise(&self, envelope: &Envelope, cx: &Cx<'_>) -> bool {
         let promised = self
             .promise
             .as_ref()
@@ -64,12 +64,23 @@ impl Replica {
                 return;
             }
         }
-        let Role::Follower { matched } = &mut self.role else { unreachable!("checked above") };
-        *matched = (*matched).max(last.lsn);
-        self.apply_committed(cx);
         if asked || last.lsn <= self.log.durable.lsn {
-            self.acknowledge(cx);
-        } // else one acknowledgement for each durable event
+            self.matched_with_primary(last.lsn, cx);
+        } else {
+            self.note_matched(last.lsn, cx); // one acknowledgement for each durable event
+        }
+    }
+
+    fn note_matched(&mut self, upto: Lsn, cx: &mut Cx<'_>) {
+        let Role::Follower { matched } = &mut self.role else { unreachable!("checked before") };
+        *matched = (*matched).max(upto);
+        self.apply_committed(cx);
+    }
+
+    /// The log here is the primary's up to `upto` (W3): says so.
+    pub fn matched_with_primary(&mut self, upto: Lsn, cx: &mut Cx<'_>) {
+        self.note_matched(upto, cx);
+        self.acknowledge(cx);
     }
 
     /// What T4 forbids: takes and acknowledges entries of an older epoch.
@@ -198,8 +209,16 @@ impl Replica {
 
     /// S3: the clone shares its snapshot's chunks now. What it lacks of the log it is sent (C1).
     pub fn on_filled(&mut self, cx: &mut Cx<'_>) {
+        if !self.log.awaits() {
+            return; // a copy has begun meanwhile (C2)
+        }
         self.log.incomplete = None;
         cx.out.push(Output::Notice(self.volume, Notice::Filled));
+        self.complete_again(cx);
+    }
+
+    /// It counts from now on (S3, C2).
+    pub fn complete_again(&mut self, cx: &mut Cx<'_>) {
         match &self.role {
             Role::Follower { .. } => self.acknowledge(cx),
             Role::Candidate(candidate) if candidate.has_answer(self.id) => self.sealed_self(cx),

@@ -337,6 +337,7 @@ impl World {
             Notice::TakingOver(_) if self.cluster.away => self.probe(Probe::TakeoverWithoutApi),
             Notice::MemberInSync(_, true) => self.probe(Probe::CaughtUp),
             Notice::Filled => self.probe(Probe::CloneFilled),
+            Notice::Copied => self.probe(Probe::Copied),
             _ => {}
         }
     }

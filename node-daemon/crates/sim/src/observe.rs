@@ -87,6 +87,7 @@ impl World {
                     ReplicaMessage::Fetch { .. } | ReplicaMessage::Fetched { .. } => "T5",
                     ReplicaMessage::GiveBack => "L5",
                     ReplicaMessage::Stand => "T10",
+                    ReplicaMessage::Copy(_) => "C2",
                 };
                 self.tell(|world| {
                     let (from, to) = (&world.nodes[node].name, &world.nodes[to].name);

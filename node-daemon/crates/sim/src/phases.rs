@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use bytes::Bytes;
+use tercet_proto::storage::Incomplete;
 use tercet_proto::{Lsn, Place};
 use tercet_replication::api::{Control, ControlDone, ControlError};
 
@@ -155,6 +156,14 @@ impl World {
         statuses.unwrap_or_default().iter().any(|status| status.volume == id && !status.incomplete)
     }
 
+    /// Whether a node's replica is no complete copy and will be one by itself (C2).
+    fn needs_copy(&self, node: usize, volume: usize) -> bool {
+        let id = self.volumes[volume].id;
+        let state = self.nodes[node].shard().and_then(|shard| shard.storage().replica(id));
+        let incomplete = state.and_then(|state| state.incomplete);
+        incomplete.is_some_and(|why| !matches!(why, Incomplete::Awaits(_)))
+    }
+
     /// Whether every node has a replica of it: a clone lives beside its source (S3).
     fn is_everywhere(&self, volume: usize) -> bool {
         let id = self.volumes[volume].id;
@@ -191,12 +200,9 @@ impl World {
         }
         let last = sums.iter().map(|(_, place, _)| *place).max();
         let equal = sums.iter().filter(|(_, place, _)| Some(*place) == last).count();
-        // Beyond a log that was cut a replica needs a copy (C2), which is not built yet: it stays
-        // behind, a consistent prefix.
-        let start = self.log_start(volume);
-        let reached = sums.iter().filter(|(_, place, _)| place.lsn.next() >= start).count();
-        let enough = reached.max(self.mix.nodes / 2 + 1);
-        sums.len() == self.volumes[volume].sums.len() && !sums.is_empty() && equal >= enough
+        let asked = self.volumes[volume].sums.len();
+        let copied = (0..self.mix.nodes).all(|node| !self.needs_copy(node, volume));
+        copied && !sums.is_empty() && equal == asked
     }
 
     /// Where the log begins from which others catch up: the primary's (C1).

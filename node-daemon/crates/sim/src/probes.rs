@@ -72,6 +72,8 @@ probes! {
     ConfiguredIncomplete,
     /// a clone's replica got its snapshot's blocks later (S3)
     CloneFilled,
+    /// a replica was copied from a view (C2)
+    Copied,
     /// a snapshot was deleted while a clone's replica still awaited it (S3)
     DeletedWhileAwaited,
     /// a link was cut in one direction (T2)

@@ -236,12 +236,19 @@ impl Store {
                     && replica.number == number
                 {
                     replica.incomplete = incomplete;
+                    if !replica.awaits() {
+                        self.awaiting.remove(&volume); // a copy fills it (C2)
+                    }
                 }
                 if let Some(token) = token {
                     self.done(token, Ok(()));
                 }
             }
             Effect::Fill { volume, number, map } => self.filled(volume, number, map),
+            Effect::Finish { volume, number, place, token } => {
+                self.copy_finished((volume, number), place);
+                self.done(token, Ok(()));
+            }
             Effect::Entry { .. } | Effect::Dropped { .. } => unreachable!("handled by the log"),
         }
     }

@@ -4,9 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::checkpoint::Checkpoint;
+use crate::incoming::Writing;
 use crate::map::{Chunk, Leaf, Map};
 use crate::replica::{LogEntry, Payload};
 use crate::store::Store;
+use crate::view::Frozen;
 
 impl Store {
     /// Compares counted with found: holders of each block, free blocks, reservations, leaves, the
@@ -38,6 +40,7 @@ impl Store {
             (run.0..run.0 + run.1).for_each(&mut hold);
         }
         self.read_holds().for_each(&mut hold);
+        self.writing.values().flat_map(Writing::blocks).for_each(&mut hold);
         let mut wrong = self.alloc.compare(&fresh);
         let ids: HashSet<&u64> = leaves.keys().collect();
         if leaves.len() as u64 != self.leaves.live
@@ -66,7 +69,8 @@ impl Store {
             std::iter::once(&replica.head).chain(replica.snapshots.iter().map(|snap| &snap.map))
         });
         let frozen = self.checkpoint.iter().flat_map(Checkpoint::maps);
-        live.chain(frozen).chain(self.read_maps()).chain(self.log.created_maps())
+        let views = self.views.values().flat_map(Frozen::maps);
+        live.chain(frozen).chain(views).chain(self.read_maps()).chain(self.log.created_maps())
     }
 
     fn dropped_entries(&self) -> impl Iterator<Item = &LogEntry> {

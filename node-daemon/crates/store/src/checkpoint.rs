@@ -98,6 +98,10 @@ impl Checkpoint {
         self.replicas.iter().flat_map(Frozen::maps)
     }
 
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
     pub(crate) fn root_runs(&self) -> &[Run] {
         self.root.as_ref().map_or(&[], |root| &root.0)
     }
@@ -307,7 +311,9 @@ impl Store {
         };
         let mut seen = BTreeSet::new();
         let mut leaves = VecDeque::new();
-        for map in checkpoint.maps() {
+        // Views are not in the root, but what they alone hold would be counted as dirty for ever.
+        let views = self.views.values().flat_map(crate::view::Frozen::maps);
+        for map in checkpoint.maps().chain(views) {
             for (index, chunk) in map.chunks.iter().enumerate() {
                 if let Chunk::Leaf { leaf, .. } = chunk
                     && !self.leaves.places.contains_key(&leaf.id)
@@ -567,6 +573,7 @@ impl Store {
         self.cut_log(now.cut);
         self.log_before_start = now.previous;
         self.alloc.free_aged();
+        self.settled(now.sequence);
         let (runs, blocks, _) = now.root.expect("written before");
         let old = std::mem::replace(&mut self.root_runs, runs);
         self.root_blocks = blocks;

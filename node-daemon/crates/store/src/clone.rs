@@ -41,17 +41,22 @@ impl Store {
         if let Some(map) = self.inherited(source, new.size_blocks)? {
             return Ok((map, None));
         }
-        let applied = self.live_replica(source.volume)?.applied;
-        if !new.incomplete || applied.lsn >= source.place.lsn {
+        let replica = self.live_replica(source.volume)?;
+        let there = replica.incomplete.is_none() && replica.applied.lsn >= source.place.lsn;
+        if !new.incomplete || there {
             return Err(StorageError::NoSnapshot(source.volume, source.snapshot));
         }
         let awaits = (!self.takes_empty_clones()).then_some(Incomplete::Awaits(source));
         Ok((empty, awaits))
     }
 
-    /// The snapshot's map as a clone has it, where it is applied here.
+    /// The snapshot's map as a clone has it, where it is applied here. While the source itself is
+    /// being copied its map is in no log, and after a crash it may be another (C2).
     fn inherited(&self, source: Source, size_blocks: u64) -> Result<Option<Map>, StorageError> {
         let replica = self.live_replica(source.volume)?;
+        if replica.incomplete.is_some() {
+            return Ok(None);
+        }
         let found = replica.snapshots.iter().find(|snap| snap.state.id == source.snapshot);
         Ok(found.map(|snapshot| {
             assert!(size_blocks >= snapshot.state.size_blocks, "S3: at least the source's size");
@@ -71,6 +76,15 @@ impl Store {
         let EntryKind::Snapshot { id } = kind else { return };
         let of_this = |source: Source| (source.volume, source.snapshot) == (volume, id);
         let waiting = self.awaiting.iter().filter(|(_, one)| of_this(one.source));
+        let waiting: Vec<VolumeId> = waiting.map(|(clone, _)| *clone).collect();
+        for clone in waiting {
+            self.fill(clone);
+        }
+    }
+
+    /// A copy has made a volume what it is (C2): clones may have waited for its snapshots.
+    pub(crate) fn fill_clones_of(&mut self, volume: VolumeId) {
+        let waiting = self.awaiting.iter().filter(|(_, one)| one.source.volume == volume);
         let waiting: Vec<VolumeId> = waiting.map(|(clone, _)| *clone).collect();
         for clone in waiting {
             self.fill(clone);

@@ -20,6 +20,7 @@ mod check;
 mod checkpoint;
 mod clone;
 mod format;
+mod incoming;
 mod io;
 mod layout;
 mod log;
@@ -30,6 +31,7 @@ mod replay;
 mod replica;
 mod scan;
 mod seam;
+mod view;
 
 #[cfg(feature = "canary")]
 pub use options::Canary;

@@ -67,6 +67,12 @@ pub(crate) enum Effect {
         number: u64,
         map: Map,
     },
+    Finish {
+        volume: VolumeId,
+        number: u64,
+        place: Place,
+        token: Token,
+    },
 }
 
 /// A small payload's owner, so that the entry learns where it went.

@@ -136,6 +136,22 @@ impl Map {
         }
     }
 
+    /// Exactly this size, larger or smaller: what is behind the end was never written.
+    pub(crate) fn resize(&mut self, size_blocks: u64, space: &mut Space<'_>) {
+        let chunks = size_blocks.div_ceil(CHUNK_BLOCKS as u64) as usize;
+        for chunk in self.chunks.drain(chunks.min(self.chunks.len())..) {
+            if let Chunk::Leaf { leaf, .. } = chunk {
+                space.leaves.release(leaf, space.alloc);
+            }
+        }
+        self.grow(size_blocks);
+        let end = (chunks * CHUNK_BLOCKS) as u64;
+        if (size_blocks..end).any(|block| self.block(block) != LeafBlock::NEVER) {
+            let range = BlockRange { start: size_blocks, count: (end - size_blocks) as u32 };
+            self.zero(range, Place::EMPTY, space);
+        }
+    }
+
     /// The same blocks as another volume's: stamps read as (0, 0) from now on.
     pub(crate) fn inherit(&self) -> Self {
         let chunks = self.chunks.iter().map(|chunk| match chunk {

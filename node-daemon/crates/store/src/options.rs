@@ -80,6 +80,10 @@ pub enum Canary {
     ForgetDrop,
     /// Checksums of what is read are not looked at (C4).
     IgnoreChecksums,
+    /// A copy ends before a checkpoint holds its pieces (C2).
+    FinishUnsettled,
+    /// The stamps of holes are not told (C2).
+    NoHoleStamps,
     /// A clone whose snapshot is not applied here yet starts empty and complete (S3).
     EmptyClone,
 }

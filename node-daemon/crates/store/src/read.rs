@@ -39,7 +39,7 @@ struct Sums {
 }
 
 #[derive(Debug)]
-enum Part {
+pub(crate) enum Part {
     Zero(usize),
     Ready(Bytes),
     Device(DevicePart),
@@ -47,7 +47,7 @@ enum Part {
 
 /// A range of the device, and what was expected there.
 #[derive(Debug)]
-struct DevicePart {
+pub(crate) struct DevicePart {
     /// Where the bytes are.
     first: u32,
     /// The volume's block, to name it in an error.
@@ -102,7 +102,7 @@ impl Parts {
 
 impl Store {
     /// Blocks of a map as parts.
-    fn map_parts(&self, map: &Map, range: BlockRange) -> Vec<Part> {
+    pub(crate) fn map_parts(&self, map: &Map, range: BlockRange) -> Vec<Part> {
         let mut parts = Parts { parts: Vec::new() };
         for block in range.start..range.end() {
             let leaf = map.block(block);
@@ -123,6 +123,16 @@ impl Store {
         token: Token,
     ) -> Result<(), StorageError> {
         let parts = self.map_parts(&self.replicas[&volume].head, range);
+        self.start_job(volume, For::Read(token), parts).map_err(|(_, error)| error)
+    }
+
+    /// Reads parts of a map, one after the other.
+    pub(crate) fn start_parts(
+        &mut self,
+        volume: VolumeId,
+        parts: Vec<Part>,
+        token: Token,
+    ) -> Result<(), StorageError> {
         self.start_job(volume, For::Read(token), parts).map_err(|(_, error)| error)
     }
 

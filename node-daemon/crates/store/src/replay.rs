@@ -169,6 +169,11 @@ impl<'a> Replay<'a> {
                     self.drop_behind(volume, after);
                 }
             }
+            Item::Finish { number, place, .. } => {
+                if self.number(volume) == Some(number) {
+                    self.finish(volume, place);
+                }
+            }
             _ if !self.crossed => {}
             Item::Create { number, replica, name, size_blocks, source, incomplete, .. } => {
                 if self.store.replicas.contains_key(&volume) {
@@ -214,6 +219,18 @@ impl<'a> Replay<'a> {
         map.grow(replica.size_blocks);
         replica.head = map; // there were holes only
         replica.incomplete = None; // a source that is damaged is told by `damaged`
+    }
+
+    /// A copy has ended (rule C2): whatever was there before went with it, damage included. What it
+    /// made is in the checkpoint.
+    fn finish(&mut self, volume: VolumeId, place: Place) {
+        self.drop_all(volume);
+        self.damaged.remove(&volume);
+        if self.crossed {
+            let replica = self.store.replicas.get_mut(&volume).expect("looked at");
+            (replica.applied, replica.tail) = (place, place);
+            replica.incomplete = None;
+        }
     }
 
     fn entry(&self, item: EntryItem, position: u64, payload: u64) -> LogEntry {

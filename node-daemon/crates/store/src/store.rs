@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
+use tercet_proto::ViewId;
 use tercet_proto::disk::{Run, Superblock};
 use tercet_proto::storage::{StorageError, StorageEvent};
 use tercet_proto::{BLOCK_BYTES, Config, Instant, Place, ReplicaId, Token, VolumeId};
@@ -16,11 +17,13 @@ use crate::alloc::Alloc;
 use crate::checkpoint::Checkpoint;
 use crate::clone::Awaiting;
 use crate::disk::{DiskDone, DiskOp, DiskToken};
+use crate::incoming::Writing;
 use crate::log::Log;
 use crate::map::Leaves;
 use crate::options::{Options, Usage};
 use crate::read::Job;
 use crate::replica::Replica;
+use crate::view::Frozen;
 
 /// Writes of at least this many blocks (64 KiB) go straight to the data area.
 pub const EXTENT_BLOCKS_MIN: u32 = 16;
@@ -44,6 +47,7 @@ pub(crate) enum OpKind {
     Read { job: u64, part: usize },
     CopyRead { unit: u64 },
     CopyWrite { unit: u64 },
+    Piece { id: u64 },
     Checkpoint,
 }
 
@@ -64,6 +68,14 @@ pub struct Store {
     pub(crate) creating: BTreeSet<VolumeId>,
     /// Clones whose snapshot is not applied here yet, those that are being made among them.
     pub(crate) awaiting: BTreeMap<VolumeId, Awaiting>,
+    /// Frozen for copies (C2).
+    pub(crate) views: BTreeMap<ViewId, Frozen>,
+    pub(crate) next_view: u64,
+    /// Pieces of copies on their way to the device.
+    pub(crate) writing: BTreeMap<u64, Writing>,
+    pub(crate) next_writing: u64,
+    /// Who waits for which checkpoint.
+    pub(crate) settling: Vec<(u64, Token)>,
     pub(crate) tombstones: Vec<Tombstone>,
     pub(crate) next_number: u64,
     pub(crate) alloc: Alloc,
@@ -108,6 +120,11 @@ impl Store {
             replicas: BTreeMap::new(),
             creating: BTreeSet::new(),
             awaiting: BTreeMap::new(),
+            views: BTreeMap::new(),
+            next_view: 0,
+            writing: BTreeMap::new(),
+            next_writing: 0,
+            settling: Vec::new(),
             tombstones: Vec::new(),
             next_number: 1,
             leaves: Leaves::default(),
@@ -149,6 +166,7 @@ impl Store {
                 self.on_copy_read(unit, done.buf.expect("a read's buffer comes back"));
             }
             OpKind::CopyWrite { unit } => self.on_copy_written(unit),
+            OpKind::Piece { id } => self.on_piece_written(id),
             OpKind::Checkpoint => self.on_checkpoint_io(),
         }
     }

@@ -71,6 +71,8 @@ struct Link {
     route: Option<Route>,
     /// The instance at the other end, once its Hello has come.
     instance: Option<InstanceId>,
+    /// The version of the protocol that both speak.
+    version: u16,
     /// Closed when no Hello has come by then.
     hello_until: Instant,
 }
@@ -138,6 +140,7 @@ impl Links {
             heads: BytesMut::new(),
             route,
             instance: None,
+            version: VERSION_MIN,
             hello_until: now() + HELLO,
         };
         self.streams.insert(stream, link);
@@ -376,6 +379,8 @@ impl Core {
             self.close_link(older);
         }
         info!(peer = %route.peer.node, instance = %hello.instance, "link up");
+        let link = self.links.streams.get_mut(&stream).expect("it is up");
+        link.version = hello.version_max.min(VERSION); // checked with the Hello
         let peer = route.peer.clone();
         let up = Input::PeerUp { peer, instance: hello.instance, shards: hello.shards };
         self.work.push_back((route.slot, Event::Input(up)));
@@ -451,6 +456,9 @@ impl Core {
         };
         let links = &mut self.links;
         let link = links.streams.get_mut(&stream).expect("a link that is up");
+        if message.version() > link.version {
+            return; // a peer of an older version would close the link
+        }
         encode(message, &mut links.head, &mut links.payloads);
         if link.heads.capacity() < links.head.len() {
             link.heads.reserve(links.head.len().max(HEADS_BYTES));

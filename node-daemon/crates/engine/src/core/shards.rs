@@ -302,6 +302,9 @@ impl Core {
             ShardNotice::Filled => {
                 ("Filled", format!("the replica on {node} has its snapshot's blocks"), false)
             }
+            ShardNotice::Copied => {
+                ("Copied", format!("the replica on {node} is complete again"), false)
+            }
         };
         info!(%volume, reason, "{message}");
         self.outbox.notice(Notice { volume: Some(volume), reason, message, warning });

@@ -2,7 +2,7 @@
 
 use super::{Get, Malformed, Put, Run};
 use crate::config::Config;
-use crate::entry::{BlockRange, EntryHeader, EntryKind};
+use crate::entry::{BlockRange, EntryHeader, EntryKind, Place};
 use crate::ids::{Epoch, Lsn, ReplicaId, SnapshotId, VolumeId};
 use crate::storage::{Incomplete, Source};
 
@@ -217,6 +217,16 @@ pub enum Item {
         /// Whose chunks.
         source: Source,
     },
+    /// A replica is what a copy made of it, applied up to here and complete; its log is empty
+    /// behind it (rule C2). What the copy made is in the checkpoint that the record names.
+    Finish {
+        /// The volume.
+        volume: VolumeId,
+        /// The replica's number.
+        number: u64,
+        /// The place.
+        place: Place,
+    },
 }
 
 impl Item {
@@ -229,7 +239,8 @@ impl Item {
             | Self::Delete { volume, .. }
             | Self::Promise { volume, .. }
             | Self::Incomplete { volume, .. }
-            | Self::Fill { volume, .. } => *volume,
+            | Self::Fill { volume, .. }
+            | Self::Finish { volume, .. } => *volume,
         }
     }
 
@@ -275,6 +286,10 @@ impl Item {
                 head(put, 8, volume, *number);
                 put.source(*source);
             }
+            Self::Finish { volume, number, place } => {
+                head(put, 9, volume, *number);
+                put.place(*place);
+            }
         }
     }
 
@@ -294,6 +309,7 @@ impl Item {
             6 => Self::Promise { volume, number, config: get.config()? },
             7 => Self::Incomplete { volume, number, incomplete: get.incomplete()? },
             8 => Self::Fill { volume, number, source: get.source()? },
+            9 => Self::Finish { volume, number, place: get.place()? },
             _ => return Err(Malformed("kind of item")),
         })
     }

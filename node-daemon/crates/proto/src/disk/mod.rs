@@ -23,11 +23,12 @@ pub use superblock::Superblock;
 use crate::entry::BLOCK_BYTES;
 
 /// Version of everything on the device; a store opens only its own.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
-/// The oldest version that is read. Each byte of version 1 means the same in version 2, which is
-/// written from the first opening on; an older program does not know a clone that awaits its
-/// snapshot (tags 2 and 3 of a source and of `incomplete`, item 8) and refuses version 2.
+/// The oldest version that is read. Each byte of an older version means the same in this one, which
+/// is written from the first opening on; an older program does not know a clone that awaits its
+/// snapshot (version 2: tags 2 and 3 of a source and of `incomplete`, item 8) or a copy that ends
+/// (version 3: item 9), and refuses what is newer than it.
 pub const FORMAT_VERSION_MIN: u32 = 1;
 
 /// One block, as it is read and written.

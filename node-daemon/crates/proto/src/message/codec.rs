@@ -12,10 +12,11 @@ use thiserror::Error;
 use crate::entry::{Entry, EntryKind};
 use crate::ids::{Epoch, Lsn};
 
+use super::copy;
 use super::wire::{Reader, Writer};
 use super::{
     ENTRIES_MAX, EXCLUSIONS_MAX, Envelope, Frame, Hello, Message, PairEnvelope, PairMessage,
-    ReplicaMessage, SEALED_MAX, VERSION,
+    ReplicaMessage, SEALED_MAX, VERSION, VERSION_MIN,
 };
 
 /// Bytes of a frame's header.
@@ -45,6 +46,9 @@ pub enum WireError {
     /// An entry's payload does not have its checksum.
     #[error("the payload's checksum is wrong at lsn {0}")]
     PayloadChecksum(Lsn),
+    /// The blocks of a copy do not have their checksum.
+    #[error("the checksum of the blocks of a copy is wrong")]
+    BlocksChecksum,
     /// No such type of message.
     #[error("unknown type of message {0}")]
     Type(u8),
@@ -116,7 +120,7 @@ pub fn encode(message: &Message, head: &mut Vec<u8>, payloads: &mut Vec<Bytes>) 
         }
     };
     let payload_bytes = payloads[first_payload..].iter().map(Bytes::len).sum();
-    finish(kind, payload_bytes, &mut head[start..]);
+    finish((message.version(), kind), payload_bytes, &mut head[start..]);
 }
 
 /// Appends a link's first frame to `head`.
@@ -132,7 +136,7 @@ pub fn encode_hello(hello: &Hello, head: &mut Vec<u8>) {
     writer.u16(hello.shard);
     writer.u16(hello.shards);
     writer.u16(hello.to_shard);
-    finish(kind::HELLO, 0, &mut head[start..]);
+    finish((VERSION_MIN, kind::HELLO), 0, &mut head[start..]);
 }
 
 fn replica_fields(message: &ReplicaMessage, head: &mut Vec<u8>, payloads: &mut Vec<Bytes>) -> u8 {
@@ -181,6 +185,7 @@ fn replica_fields(message: &ReplicaMessage, head: &mut Vec<u8>, payloads: &mut V
             writer.tail(tail);
             return kind::OPINION;
         }
+        ReplicaMessage::Copy(message) => return copy::fields(message, &mut writer, payloads),
         _ => {}
     }
     match message {
@@ -240,12 +245,12 @@ fn pair_fields(message: &PairMessage, writer: &mut Writer<'_>) -> u8 {
 }
 
 /// Fills the header in, once the body is known.
-fn finish(kind: u8, payload_bytes: usize, frame: &mut [u8]) {
+fn finish((version, kind): (u16, u8), payload_bytes: usize, frame: &mut [u8]) {
     let (header, body) = frame.split_at_mut(HEADER_BYTES);
     assert!(body.len() <= BODY_BYTES_MAX, "a body of {} bytes", body.len());
     assert!(payload_bytes <= PAYLOAD_BYTES_MAX, "payloads of {payload_bytes} bytes");
     header[0..4].copy_from_slice(&MAGIC);
-    header[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    header[4..6].copy_from_slice(&version.to_le_bytes());
     header[6] = kind;
     header[7] = 0;
     header[8..12].copy_from_slice(&(body.len() as u32).to_le_bytes());
@@ -279,7 +284,7 @@ impl Header {
         if reader.u32()? != crc32c(&bytes[..20]) {
             return Err(WireError::HeaderChecksum);
         }
-        if version != VERSION && kind != kind::HELLO {
+        if !(VERSION_MIN..=VERSION).contains(&version) && kind != kind::HELLO {
             return Err(WireError::Version(version));
         }
         if reserved != 0 {
@@ -392,7 +397,7 @@ fn parse(header: Header, frame: &Bytes) -> Result<Frame, WireError> {
                 PairEnvelope { instance: reader.instance()?, to_instance: reader.instance()? };
             Frame::Message(Message::Pair(envelope, parse_pair(header.kind, &mut reader)?))
         }
-        kind::APPEND..=kind::STAND => {
+        kind::APPEND..=copy::FINISH => {
             let envelope: Envelope = reader.envelope()?;
             let message = parse_replica(header.kind, &mut reader, &mut payloads)?;
             Frame::Message(Message::Replica(envelope, message))
@@ -466,6 +471,7 @@ fn parse_replica(
         kind::FETCH => ReplicaMessage::Fetch { after: reader.place()? },
         kind::GIVE_BACK => ReplicaMessage::GiveBack,
         kind::STAND => ReplicaMessage::Stand,
+        copy::OFFER..=copy::FINISH => ReplicaMessage::Copy(copy::parse(kind, reader, payloads)?),
         other => return Err(WireError::Type(other)),
     })
 }

@@ -133,7 +133,7 @@ impl Writer<'_> {
         }
     }
 
-    fn range(&mut self, range: BlockRange) {
+    pub fn range(&mut self, range: BlockRange) {
         self.u64(range.start);
         self.u32(range.count);
     }
@@ -288,7 +288,7 @@ impl Reader<'_> {
         Ok(EntryHeader { place, prev_epoch, kind })
     }
 
-    fn range(&mut self) -> Result<BlockRange, WireError> {
+    pub fn range(&mut self) -> Result<BlockRange, WireError> {
         let range = BlockRange { start: self.u64()?, count: self.u32()? };
         if range.count == 0 || range.start.checked_add(u64::from(range.count)).is_none() {
             return Err(WireError::Field("range of blocks"));

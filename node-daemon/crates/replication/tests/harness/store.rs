@@ -6,8 +6,9 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, SnapshotState, Storage, StorageEvent};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, Config, Entry, EntryHeader, EntryKind, Lsn, Place, Promise, ReplicaId,
-    ReplicaState, SnapshotId, StorageError, Token, VolumeId,
+    BLOCK_BYTES, BlockRange, Config, Copies, Entry, EntryHeader, EntryKind, Lsn, Piece, Place,
+    Promise, ReplicaId, ReplicaState, SnapshotId, StampRun, StorageError, Token, View, ViewId,
+    VolumeId,
 };
 
 /// What is on its way to the device.
@@ -15,6 +16,7 @@ enum Op {
     Append { volume: VolumeId, drop_after: Option<Lsn>, entries: Vec<Entry> },
     Promise { volume: VolumeId, promise: Promise, token: Token },
     Incomplete { volume: VolumeId, incomplete: Option<Incomplete>, token: Token },
+    Finish { volume: VolumeId, place: Place, token: Token },
 }
 
 #[derive(Clone)]
@@ -22,6 +24,22 @@ struct Image {
     promise: Option<Promise>,
     log: Vec<Entry>,
     incomplete: Option<Incomplete>,
+    /// What the log is applied to after a start: nothing, or what a copy left.
+    base: Content,
+}
+
+type Blocks = BTreeMap<u64, Bytes>;
+type Stamps = BTreeMap<u64, Place>;
+
+/// What is applied.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Content {
+    applied: Place,
+    size_blocks: u64,
+    blocks: Blocks,
+    /// Of every block that was ever changed, holes included.
+    stamps: Stamps,
+    snapshots: Vec<(SnapshotState, Blocks, Stamps)>,
 }
 
 struct Replica {
@@ -29,8 +47,7 @@ struct Replica {
     log: Vec<Entry>,
     /// The log is cut up to here: what is below cannot be read any more.
     cut: u64,
-    blocks: BTreeMap<u64, Bytes>,
-    snapshots: Vec<SnapshotState>,
+    now: Content,
     disk: Image,
 }
 
@@ -43,6 +60,8 @@ pub struct MemStore {
     /// Appends are refused with this while it is set.
     pub refuse: Option<StorageError>,
     pub log_reads: usize,
+    views: BTreeMap<ViewId, Content>,
+    next_view: u64,
 }
 
 fn place_of(log: &[Entry]) -> Place {
@@ -83,6 +102,12 @@ impl MemStore {
                     }
                     self.events.push_back(StorageEvent::Done { token, result: Ok(()) });
                 }
+                Op::Finish { volume, place, token } => {
+                    if let Some(replica) = self.replicas.get_mut(&volume) {
+                        replica.finish(place);
+                    }
+                    self.events.push_back(StorageEvent::Done { token, result: Ok(()) });
+                }
                 Op::Incomplete { volume, incomplete, token } => {
                     if let Some(replica) = self.replicas.get_mut(&volume) {
                         replica.disk.incomplete = incomplete;
@@ -100,19 +125,18 @@ impl MemStore {
         self.flush_some(kept);
         self.ops.clear();
         self.events.clear();
+        self.views.clear();
         for replica in self.replicas.values_mut() {
             replica.log = replica.disk.log.clone();
             let tail = place_of(&replica.log);
-            let applied = if forget_applied { Lsn(0) } else { replica.state.applied.lsn };
+            let base = replica.disk.base.applied.lsn;
+            let applied = if forget_applied { base } else { replica.state.applied.lsn };
             assert!(applied <= tail.lsn, "what is applied is durable");
             replica.state.promise = replica.disk.promise.clone();
             replica.state.incomplete = replica.disk.incomplete;
             replica.state.tail = tail;
             replica.state.durable = tail;
-            replica.state.applied = Place::EMPTY;
-            replica.blocks.clear();
-            replica.snapshots.clear();
-            replica.apply(applied);
+            replica.start(applied);
         }
     }
 
@@ -132,8 +156,18 @@ impl MemStore {
         &self.replicas[&volume].log
     }
 
+    /// Everything that is applied, snapshots included, to compare replicas.
+    pub fn content(&self, volume: VolumeId) -> &Content {
+        &self.replicas[&volume].now
+    }
+
+    /// Views that are frozen.
+    pub fn views(&self) -> usize {
+        self.views.len()
+    }
+
     pub fn blocks(&self, volume: VolumeId) -> &BTreeMap<u64, Bytes> {
-        &self.replicas[&volume].blocks
+        &self.replicas[&volume].now.blocks
     }
 
     /// Makes a replica at once, as creation left it.
@@ -150,9 +184,9 @@ impl MemStore {
             log_start: Lsn(1),
             incomplete: None,
         };
-        let disk = Image { promise: None, log: Vec::new(), incomplete: None };
-        let (log, blocks, snapshots) = (Vec::new(), BTreeMap::new(), Vec::new());
-        self.replicas.insert(volume, Replica { state, log, cut: 0, blocks, snapshots, disk });
+        let now = Content { size_blocks, ..Content::default() };
+        let disk = Image { promise: None, log: Vec::new(), incomplete: None, base: now.clone() };
+        self.replicas.insert(volume, Replica { state, log: Vec::new(), cut: 0, now, disk });
     }
 
     /// What a clone awaits is applied: durable at once (S3).
@@ -171,33 +205,170 @@ impl MemStore {
     }
 }
 
+impl Content {
+    fn states(&self) -> Vec<SnapshotState> {
+        self.snapshots.iter().map(|(state, ..)| state.clone()).collect()
+    }
+
+    fn put(&mut self, range: BlockRange, stamp: Place, data: Option<&Bytes>) {
+        for i in 0..range.count {
+            let block = range.start + u64::from(i);
+            self.stamps.insert(block, stamp);
+            match data {
+                Some(data) => {
+                    let at = i as usize * BLOCK_BYTES;
+                    self.blocks.insert(block, data.slice(at..at + BLOCK_BYTES));
+                }
+                None => drop(self.blocks.remove(&block)),
+            }
+        }
+    }
+
+    fn apply(&mut self, entry: &Entry) {
+        let place = entry.header.place;
+        match entry.header.kind {
+            EntryKind::Write { range, .. } => self.put(range, place, Some(&entry.payload)),
+            EntryKind::Zero { range, .. } => self.put(range, place, None),
+            EntryKind::Grow { size_blocks } => self.size_blocks = size_blocks,
+            EntryKind::Snapshot { id } => {
+                self.snapshot(SnapshotState { id, place, size_blocks: self.size_blocks });
+            }
+            EntryKind::SnapshotDelete { id } => self.snapshots.retain(|(s, ..)| s.id != id),
+            EntryKind::Noop => {}
+        }
+        self.applied = place;
+    }
+
+    fn snapshot(&mut self, state: SnapshotState) {
+        self.snapshots.push((state, self.blocks.clone(), self.stamps.clone()));
+        self.snapshots.sort_by_key(|(state, ..)| state.place);
+    }
+
+    /// Blocks, stamps and size of a part of a view.
+    fn part(&self, part: usize) -> (&Blocks, &Stamps, u64) {
+        let own = (&self.blocks, &self.stamps, self.size_blocks);
+        self.snapshots
+            .get(part)
+            .map_or(own, |(state, blocks, stamps)| (blocks, stamps, state.size_blocks))
+    }
+
+    fn runs(&self, part: usize, range: BlockRange) -> Vec<StampRun> {
+        let (blocks, stamps, _) = self.part(part);
+        let run = |block| StampRun {
+            count: 1,
+            stamp: stamps.get(&block).copied().unwrap_or(Place::EMPTY),
+            hole: !blocks.contains_key(&block),
+        };
+        (range.start..range.end()).map(run).collect()
+    }
+}
+
 impl Replica {
+    /// As a start finds it, with the log applied up to here.
+    fn start(&mut self, applied: Lsn) {
+        self.now = self.disk.base.clone();
+        self.state.applied = self.now.applied;
+        self.state.size_blocks = self.now.size_blocks;
+        self.apply(applied);
+    }
+
     fn apply(&mut self, upto: Lsn) {
         for lsn in self.state.applied.lsn.0 + 1..=upto.0 {
-            let entry = self.log[lsn as usize - 1].clone();
-            match entry.header.kind {
-                EntryKind::Write { range, .. } => {
-                    for i in 0..range.count {
-                        let at = i as usize * BLOCK_BYTES;
-                        let block = entry.payload.slice(at..at + BLOCK_BYTES);
-                        self.blocks.insert(range.start + u64::from(i), block);
-                    }
-                }
-                EntryKind::Zero { range, .. } => {
-                    (range.start..range.end()).for_each(|block| {
-                        self.blocks.remove(&block);
-                    });
-                }
-                EntryKind::Grow { size_blocks } => self.state.size_blocks = size_blocks,
-                EntryKind::Snapshot { id } => {
-                    let (place, size_blocks) = (entry.header.place, self.state.size_blocks);
-                    self.snapshots.push(SnapshotState { id, place, size_blocks });
-                }
-                EntryKind::SnapshotDelete { id } => self.snapshots.retain(|s| s.id != id),
-                EntryKind::Noop => {}
-            }
-            self.state.applied = entry.header.place;
+            self.now.apply(&self.log[lsn as usize - 1]);
         }
+        self.state.applied = self.now.applied;
+        self.state.size_blocks = self.now.size_blocks;
+    }
+
+    /// A copy has ended: the log is empty behind its place.
+    fn finish(&mut self, place: Place) {
+        self.now.applied = place;
+        let filler = |lsn| {
+            let place = Place { lsn: Lsn(lsn), ..place };
+            let prev_epoch = if lsn == 1 { Place::EMPTY.epoch } else { place.epoch };
+            let header = EntryHeader { place, prev_epoch, kind: EntryKind::Noop };
+            Entry { header, payload: Bytes::new() }
+        };
+        self.log = (1..=place.lsn.0).map(filler).collect(); // never read: it is cut
+        self.cut = place.lsn.0;
+        self.disk.log.clone_from(&self.log);
+        self.disk.base = self.now.clone();
+        self.disk.incomplete = None;
+        let state = &mut self.state;
+        (state.tail, state.durable, state.applied) = (place, place, place);
+        (state.log_start, state.incomplete) = (place.lsn.next(), None);
+        state.size_blocks = self.now.size_blocks;
+    }
+}
+
+impl Copies for MemStore {
+    fn freeze(&mut self, volume: VolumeId) -> Option<View> {
+        let whole = self.replicas.get(&volume).filter(|one| one.state.incomplete.is_none())?;
+        let content = whole.now.clone();
+        self.next_view += 1;
+        let id = ViewId(self.next_view);
+        let (place, size_blocks) = (content.applied, content.size_blocks);
+        let snapshots = content.states();
+        self.views.insert(id, content);
+        Some(View { id, place, size_blocks, snapshots })
+    }
+
+    fn thaw(&mut self, view: ViewId) {
+        self.views.remove(&view);
+    }
+
+    fn view_stamps(&self, view: ViewId, part: usize, from: u64) -> Option<Vec<StampRun>> {
+        let view = self.views.get(&view)?;
+        let end = view.part(part).2.min(from + 7); // short answers: more of them
+        let count = end.saturating_sub(from) as u32;
+        Some(view.runs(part, BlockRange { start: from, count }))
+    }
+
+    fn read_view(&mut self, view: ViewId, part: usize, ranges: &[BlockRange], token: Token) {
+        let gone = || StorageError::Device("no such view".into());
+        let result = self.views.get(&view).ok_or_else(gone).map(|view| {
+            let blocks = view.part(part).0;
+            let all = ranges.iter().flat_map(|range| range.start..range.end());
+            all.map(|block| blocks[&block].clone()).collect()
+        });
+        self.events.push_back(StorageEvent::Read { token, result });
+    }
+
+    fn stamps(&self, volume: VolumeId, range: BlockRange) -> Vec<StampRun> {
+        self.replicas[&volume].now.runs(usize::MAX, range)
+    }
+
+    fn copy_begin(&mut self, volume: VolumeId, keep: &[SnapshotState]) {
+        let replica = self.replicas.get_mut(&volume).expect("a replica");
+        assert!(replica.disk.incomplete.is_some(), "C2: marked durably");
+        replica.now.snapshots.retain(|(state, ..)| keep.contains(state));
+    }
+
+    fn copy_resize(&mut self, volume: VolumeId, size_blocks: u64) {
+        let replica = self.replicas.get_mut(&volume).expect("a replica");
+        replica.now.size_blocks = size_blocks;
+        replica.now.blocks.retain(|block, _| *block < size_blocks);
+        replica.now.stamps.retain(|block, _| *block < size_blocks);
+    }
+
+    fn copy_write(&mut self, volume: VolumeId, pieces: Vec<Piece>, token: Token) {
+        let replica = self.replicas.get_mut(&volume).expect("a replica");
+        for piece in pieces {
+            replica.now.put(piece.range, piece.stamp, piece.data.as_ref());
+        }
+        self.events.push_back(StorageEvent::Done { token, result: Ok(()) });
+    }
+
+    fn copy_snapshot(&mut self, volume: VolumeId, snapshot: SnapshotState) {
+        self.replicas.get_mut(&volume).expect("a replica").now.snapshot(snapshot);
+    }
+
+    fn copy_settle(&mut self, _: VolumeId, token: Token) {
+        self.events.push_back(StorageEvent::Done { token, result: Ok(()) });
+    }
+
+    fn copy_finish(&mut self, volume: VolumeId, place: Place, token: Token) {
+        self.ops.push_back(Op::Finish { volume, place, token });
     }
 }
 
@@ -211,7 +382,8 @@ impl Storage for MemStore {
     }
 
     fn snapshots(&self, volume: VolumeId) -> Vec<SnapshotState> {
-        self.replicas.get(&volume).map(|replica| replica.snapshots.clone()).unwrap_or_default()
+        let found = self.replicas.get(&volume).map(|replica| replica.now.states());
+        found.unwrap_or_default()
     }
 
     fn create_replica(&mut self, new: NewReplica, token: Token) {
@@ -298,7 +470,7 @@ impl Storage for MemStore {
 
     fn read(&mut self, volume: VolumeId, range: BlockRange, token: Token) {
         let zero = || Bytes::from(vec![0; BLOCK_BYTES]);
-        let blocks = &self.replicas[&volume].blocks;
+        let blocks = &self.replicas[&volume].now.blocks;
         let data = (range.start..range.end()).map(|b| blocks.get(&b).cloned().unwrap_or_else(zero));
         let result = Ok(data.collect());
         self.events.push_back(StorageEvent::Read { token, result });

@@ -5,7 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, ReplicaState, SnapshotState, StorageError};
 use tercet_proto::{
-    BlockRange, Config, Entry, EntryHeader, Lsn, Place, Promise, ReplicaId, Token, VolumeId,
+    BlockRange, Config, Copies, Entry, EntryHeader, Lsn, Piece, Place, Promise, ReplicaId,
+    StampRun, Token, View, ViewId, VolumeId,
 };
 
 use super::*;
@@ -20,6 +21,26 @@ struct FakeStore {
     events: Vec<StorageEvent>,
     deadline: Option<Instant>,
     ticks: usize,
+}
+
+impl Copies for FakeStore {
+    fn freeze(&mut self, _: VolumeId) -> Option<View> {
+        None
+    }
+    fn thaw(&mut self, _: ViewId) {}
+    fn view_stamps(&self, _: ViewId, _: usize, _: u64) -> Option<Vec<StampRun>> {
+        None
+    }
+    fn read_view(&mut self, _: ViewId, _: usize, _: &[BlockRange], _: Token) {}
+    fn stamps(&self, _: VolumeId, _: BlockRange) -> Vec<StampRun> {
+        Vec::new()
+    }
+    fn copy_begin(&mut self, _: VolumeId, _: &[SnapshotState]) {}
+    fn copy_resize(&mut self, _: VolumeId, _: u64) {}
+    fn copy_write(&mut self, _: VolumeId, _: Vec<Piece>, _: Token) {}
+    fn copy_snapshot(&mut self, _: VolumeId, _: SnapshotState) {}
+    fn copy_settle(&mut self, _: VolumeId, _: Token) {}
+    fn copy_finish(&mut self, _: VolumeId, _: Place, _: Token) {}
 }
 
 impl Storage for FakeStore {
