@@ -5,7 +5,7 @@ mod harness;
 
 use harness::{Cluster, VOLUME, at, block, host};
 use tercet_proto::storage::{Incomplete, Source};
-use tercet_proto::{Epoch, Lsn, Place, SnapshotId, VolumeId};
+use tercet_proto::{Epoch, Lsn, Place, ReplicaId, SnapshotId, VolumeId};
 use tercet_replication::api::{HostCommand, HostDone, Input, Notice};
 
 const SOURCE: Source = Source {
@@ -18,6 +18,8 @@ const SOURCE: Source = Source {
 fn with_one_incomplete(seed: u64) -> Cluster {
     let mut cluster = Cluster::new(3, seed);
     cluster.kill(2);
+    // Its source is here, and has not applied the snapshot.
+    cluster.machines[2].store.make(SOURCE.volume, ReplicaId::from_bytes([0x99; 16]), 64);
     cluster.machines[2].store.damage(VOLUME, Incomplete::Awaits(SOURCE));
     cluster.start(2);
     cluster.create(0);
@@ -115,4 +117,19 @@ fn s3_a_filled_replica_takes_over() {
     let next = cluster.run_until_served();
     let id = cluster.connect(next, host(1));
     assert_eq!((cluster.read(next, id, 1), cluster.read(next, id, 2)), (11, 12));
+}
+
+/// The source's replica here is gone, or was copied past the snapshot's deletion: nothing will ever
+/// fill the clone's, but a copy of the clone (seed 176: it awaited the snapshot for ever).
+#[test]
+fn s3_c2_a_snapshot_that_can_no_longer_come_is_not_awaited() {
+    let mut cluster = with_one_incomplete(5);
+    let id = cluster.connect(0, host(1));
+    cluster.write(0, id, 1, 11);
+    cluster.kill(2);
+    cluster.machines[2].store.forget(SOURCE.volume);
+    cluster.start(2);
+    cluster.run_ms(3000);
+    assert_eq!(incomplete(&cluster), [false; 3]);
+    assert!(cluster.notices.contains(&(2, Notice::Copied)));
 }

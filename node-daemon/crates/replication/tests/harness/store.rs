@@ -189,6 +189,11 @@ impl MemStore {
         self.replicas.insert(volume, Replica { state, log: Vec::new(), cut: 0, now, disk });
     }
 
+    /// A replica is gone.
+    pub fn forget(&mut self, volume: VolumeId) {
+        self.replicas.remove(&volume);
+    }
+
     /// What a clone awaits is applied: durable at once (S3).
     pub fn fill(&mut self, volume: VolumeId) {
         let replica = self.replicas.get_mut(&volume).expect("a replica");
