@@ -100,7 +100,11 @@ def tiers() -> tuple[Tier, ...]:
         Tier(
             "canaries",
             "rules broken on purpose, each caught",
-            ((*canary, "canaries"), (*model_canary, "canaries")),
+            (
+                (*canary, "canaries"),
+                (*model_canary, "canaries"),
+                cargo("test", "-q", "-p", "tercet-store", "--features", "canary", "--test", "copy"),
+            ),
         ),
         Tier("control-plane", "a real API server: CRDs, operator, agent", (pytest("-m", "local"),)),
         Tier(

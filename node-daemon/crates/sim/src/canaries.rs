@@ -89,7 +89,7 @@ pub fn all() -> Vec<Bird> {
         Replication R::IgnorePromised 100,
         Replication R::PromiseTwoInstances 0,
         Replication R::ResumeOldEpoch 200,
-        Replication R::CountOlderEntry 250,
+        Replication R::CountOlderEntry 500,
         Replication R::ReadWithoutLease 30,
         Replication R::PairGrantForSealed 0,
         Replication R::ForgetGrants 500,

@@ -239,6 +239,9 @@ impl Store {
                     if !replica.awaits() {
                         self.awaiting.remove(&volume); // a copy fills it (C2)
                     }
+                    if incomplete.is_none() {
+                        self.fill_clones_of(volume); // they waited for a whole source
+                    }
                 }
                 if let Some(token) = token {
                     self.done(token, Ok(()));

@@ -24,6 +24,9 @@ impl Store {
                 }
             }
         }
+        for leaf in self.checkpoint.iter().flat_map(Checkpoint::leaves) {
+            leaves.insert(leaf.id, Arc::clone(leaf)); // a view that is given up leaves them there
+        }
         for leaf in leaves.values() {
             leaf.blocks.iter().filter(|block| block.device != 0).for_each(|b| hold(b.device));
         }

@@ -98,6 +98,11 @@ impl Checkpoint {
         self.replicas.iter().flat_map(Frozen::maps)
     }
 
+    /// Leaves that are still to be written.
+    pub(crate) fn leaves(&self) -> impl Iterator<Item = &Arc<Leaf>> {
+        self.leaves.iter().map(|(leaf, _)| leaf)
+    }
+
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }

@@ -27,7 +27,7 @@ fn place(epoch: u64, lsn: u64) -> Place {
 
 fn superblock() -> Superblock {
     Superblock {
-        version: 2,
+        version: 3,
         store: STORE,
         cluster: uuid::Uuid::from_bytes([8; 16]),
         node: NodeName::new("node-a"),
@@ -139,6 +139,11 @@ fn items_of_version_2() -> Vec<Item> {
     ]
 }
 
+/// What version 3 has besides (C2).
+fn items_of_version_3() -> Vec<Item> {
+    vec![Item::Finish { volume: volume_id(1), number: 4, place: place(3, 40) }]
+}
+
 fn record() -> (RecordHeader, Vec<u8>) {
     record_of(&items())
 }
@@ -164,11 +169,11 @@ fn record_of(items: &[Item]) -> (RecordHeader, Vec<u8>) {
     (header, put.0)
 }
 
-/// CRCs of the bytes of format version 2; but for the superblock's version, and the last, they are
-/// those of version 1. A change here is a change of the format: it needs a new version and a way from
-/// this one.
+/// CRCs of the bytes of format version 3; but for the superblock's version, and the last two, they
+/// are those of version 1. A change here is a change of the format: it needs a new version and a way
+/// from this one.
 #[test]
-fn the_bytes_are_those_of_version_2() {
+fn the_bytes_are_those_of_version_3() {
     let area = |(header, items): (RecordHeader, Vec<u8>)| {
         let mut area = vec![0; BLOCK_BYTES];
         header.encode(&items, &mut area);
@@ -181,6 +186,7 @@ fn the_bytes_are_those_of_version_2() {
         ("leaf", leaf().encode(), GOLDEN[3]),
         ("record", area(record()), GOLDEN[4]),
         ("record of version 2", area(record_of(&items_of_version_2())), GOLDEN[5]),
+        ("record of version 3", area(record_of(&items_of_version_3())), GOLDEN[6]),
     ];
     for (what, bytes, expected) in golden {
         let hex = bytes[..64].iter().fold(String::new(), |mut text, byte| {
@@ -210,40 +216,48 @@ fn what_was_written_is_read() {
         assert_eq!(Item::decode(&mut get), Ok(item));
     }
     assert!(get.0.is_empty());
-    let (_, bytes) = record_of(&items_of_version_2());
-    let mut get = Get(&bytes);
-    for item in items_of_version_2() {
-        assert_eq!(Item::decode(&mut get), Ok(item));
+    for items in [items_of_version_2(), items_of_version_3()] {
+        let (_, bytes) = record_of(&items);
+        let mut get = Get(&bytes);
+        for item in items {
+            assert_eq!(Item::decode(&mut get), Ok(item));
+        }
+        assert!(get.0.is_empty());
     }
-    assert!(get.0.is_empty());
 }
 
-/// A store of version 1 is opened, and is one of version 2 from then on; a later version is not.
+/// A store of an older version is opened, and is one of version 3 from then on; a later one is not.
 #[test]
 fn versions() {
-    for version in [1, 2] {
+    for version in [1, 2, 3] {
         let found = Superblock::decode(&*Superblock { version, ..superblock() }.encode());
         assert_eq!(found.map(|found| found.version), Ok(version));
     }
-    for version in [0, 3] {
+    for version in [0, 4] {
         let found = Superblock::decode(&*Superblock { version, ..superblock() }.encode());
         assert!(found.is_err(), "version {version}");
     }
+    for version in [1, 2] {
+        opens_and_is_the_newest(version);
+    }
+}
+
+fn opens_and_is_the_newest(version: u32) {
     let mut disk = SimDisk::new(64 << 20);
     let options = Options::new(Arena::new(common::ARENA_BYTES));
     Store::format(&mut disk, &common::format_options(), &options).expect("formats");
     for block in [0, 16] {
         let new = disk.sector(block);
         let found = Superblock::decode(&*new).expect("a superblock");
-        let old = Superblock { version: 1, ..found }.encode();
+        let old = Superblock { version, ..found }.encode();
         let differs = |bit: &usize| (new[bit / 8] ^ old[bit / 8]) >> (bit % 8) & 1 == 1;
         (0..BLOCK_BYTES * 8).filter(differs).for_each(|bit| disk.flip(block, bit));
     }
     let instance = InstanceId::from_bytes(id(1));
-    Store::open(&mut disk, options, instance).expect("opens version 1");
+    Store::open(&mut disk, options, instance).expect("opens an older version");
     for block in [0, 16] {
         let found = Superblock::decode(&*disk.sector(block));
-        assert_eq!(found.map(|found| found.version), Ok(2));
+        assert_eq!(found.map(|found| found.version), Ok(3));
     }
 }
 

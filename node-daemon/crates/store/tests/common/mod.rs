@@ -3,6 +3,7 @@
 
 #![allow(dead_code)] // each test uses its part
 
+pub mod copying;
 mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -88,6 +89,9 @@ pub struct World {
     pub promising: BTreeMap<Token, (VolumeId, u64)>,
     pub reads: BTreeMap<Token, (VolumeId, BlockRange, Content)>,
     pub log_reads: BTreeMap<Token, (VolumeId, ReplicaId, u64)>,
+    /// What was answered, for who looks at it himself.
+    pub dones: BTreeMap<Token, Result<(), StorageError>>,
+    pub other_reads: BTreeMap<Token, Result<Vec<Bytes>, StorageError>>,
     pub deleted: BTreeSet<VolumeId>,
     pub next: u64,
     pub now: Instant,
@@ -130,6 +134,8 @@ impl World {
             promising: BTreeMap::new(),
             reads: BTreeMap::new(),
             log_reads: BTreeMap::new(),
+            dones: BTreeMap::new(),
+            other_reads: BTreeMap::new(),
             deleted: BTreeSet::new(),
             next: 1,
             now: Instant(1),
@@ -239,6 +245,8 @@ impl World {
             promising: self.promising.clone(),
             reads: BTreeMap::new(),
             log_reads: BTreeMap::new(),
+            dones: BTreeMap::new(),
+            other_reads: BTreeMap::new(),
             deleted: self.deleted.clone(),
             next: self.next,
             now: self.now,
@@ -269,8 +277,14 @@ impl World {
                     self.violations.push(format!("{volume}: durable {place:?} never appended"));
                 }
             }
-            StorageEvent::Done { token, result } => self.done(token, &result),
-            StorageEvent::Read { token, result } => self.read_done(token, result),
+            StorageEvent::Done { token, result } => {
+                self.done(token, &result);
+                self.dones.insert(token, result);
+            }
+            StorageEvent::Read { token, result } if self.reads.contains_key(&token) => {
+                self.read_done(token, result);
+            }
+            StorageEvent::Read { token, result } => drop(self.other_reads.insert(token, result)),
             StorageEvent::Log { token, result } => {
                 let (volume, replica, from) = self.log_reads.remove(&token).expect("asked for");
                 let same = self.model.get(&volume).is_some_and(|found| found.replica == replica);
@@ -728,6 +742,8 @@ fn canary() -> Option<tercet_store::Canary> {
         "cut-early" => Canary::CutEarly,
         "forget-drop" => Canary::ForgetDrop,
         "ignore-checksums" => Canary::IgnoreChecksums,
+        "finish-unsettled" => Canary::FinishUnsettled,
+        "no-hole-stamps" => Canary::NoHoleStamps,
         other => panic!("no canary {other}"),
     })
 }
