@@ -71,7 +71,7 @@ async def test_node_loss(database: Database):
         assert there != node
     verdict = await database.verify()
     tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
-    # Who was away for longer than the log is kept waits for a copy (C2): it may still be behind.
+    # Who was away for longer than the log is kept is copied (C2): that may still be under way.
     tell(f"replicas: {await database.replicas()}")
 
 
@@ -107,7 +107,7 @@ async def test_primary_stops(database: Database):
         assert stall_s <= STALL_S_MAX
     verdict = await database.verify()
     tell(f"{verdict['acknowledged']} acknowledged commits, every one there")
-    # Who was away for longer than the log is kept waits for a copy (C2): it may still be behind.
+    # Who was away for longer than the log is kept is copied (C2): that may still be under way.
     tell(f"replicas: {await database.replicas()}")
 
 
