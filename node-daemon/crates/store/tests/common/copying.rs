@@ -10,6 +10,9 @@ use tercet_proto::{
 
 use super::{ModelEntry, ModelVolume, World, payload};
 
+/// Of a block: the entry that changed it last, and whether it is a hole.
+pub type Stamp = (Place, bool);
+
 /// What a pass has copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Passed {
@@ -22,24 +25,24 @@ pub struct Passed {
 pub struct Frozen {
     pub view: View,
     pub model: ModelVolume,
-    /// Stamp of each block of the volume, and whether it is a hole.
-    pub stamps: Vec<(Place, bool)>,
+    /// Of each block of the volume.
+    pub stamps: Vec<Stamp>,
 }
 
-pub fn expand(runs: &[StampRun]) -> Vec<(Place, bool)> {
+pub fn expand(runs: &[StampRun]) -> Vec<Stamp> {
     let block = |run: &StampRun| vec![(run.stamp, run.hole); run.count as usize];
     runs.iter().flat_map(block).collect()
 }
 
 /// Stamps of a volume's newest state, as the store has them.
-pub fn stamps(world: &World, volume: VolumeId) -> Vec<(Place, bool)> {
+pub fn stamps(world: &World, volume: VolumeId) -> Vec<Stamp> {
     let size = world.store.replica(volume).expect("there").size_blocks;
     let range = BlockRange { start: 0, count: size as u32 };
     expand(&world.store.stamps(volume, range))
 }
 
 /// All that a view says of a part.
-pub fn part_stamps(world: &World, view: ViewId, part: usize) -> Vec<(Place, bool)> {
+pub fn part_stamps(world: &World, view: ViewId, part: usize) -> Vec<Stamp> {
     let mut all = Vec::new();
     loop {
         let runs = world.store.view_stamps(view, part, all.len() as u64).expect("a part");
@@ -146,7 +149,7 @@ impl Copying<'_> {
         view: ViewId,
         part: usize,
         from: u64,
-        (wanted, have): (&[(Place, bool)], &[(Place, bool)]),
+        (wanted, have): (&[Stamp], &[Stamp]),
         passed: &mut Passed,
     ) {
         let mut pieces: Vec<Piece> = Vec::new();
@@ -158,9 +161,9 @@ impl Copying<'_> {
             let at = from + index as u64;
             blocks += u32::from(!hole);
             if *hole {
-                passed.hole_blocks += 1
+                passed.hole_blocks += 1;
             } else {
-                passed.data_blocks += 1
+                passed.data_blocks += 1;
             }
             match pieces.last_mut() {
                 Some(last)
