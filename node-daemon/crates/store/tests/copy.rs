@@ -378,6 +378,61 @@ fn clones_of_a_copied_source_wait_for_its_end() {
     target.assert_well("filled");
 }
 
+/// A source that becomes whole without a copy fills the clones that waited for that.
+#[test]
+fn clones_of_a_source_that_was_damaged_wait_until_it_is_whole() {
+    let (mut world, _) = pair(17);
+    do_all(&mut world, &[write(0, 30), snapshot(9), write(5, 3)]);
+    mark_incomplete(&mut world, volume());
+    let place = world.store.snapshots(volume())[0].place;
+    let from = Source { volume: volume(), snapshot: SnapshotId::from_bytes(id(9)), place };
+    let clone = volume_id(2);
+    let new = tercet_proto::NewReplica {
+        volume: clone,
+        replica: tercet_proto::ReplicaId::from_bytes(id(77)),
+        name: "clone".to_owned(),
+        size_blocks: SIZE_BLOCKS,
+        source: Some(from),
+        incomplete: true,
+    };
+    world.store.create_replica(new, Token(1 << 50));
+    world.settle();
+    let state = |world: &World| world.store.replica(clone).expect("there").incomplete;
+    assert_eq!(state(&world), Some(Incomplete::Awaits(from)));
+    world.store.set_incomplete(volume(), None, Token(2 << 50));
+    world.settle();
+    assert_eq!(state(&world), None, "filled");
+    no_doubt(&world, "filled");
+}
+
+/// What the log says from before a copy went with the old map, damage included: a start that finds
+/// bad records there finds the view all the same.
+#[test]
+fn damage_of_before_does_not_outlive_a_copy() {
+    let (mut source, mut target) = pair(19);
+    do_all(&mut source, &[write(0, 3), write(9, 1), zero(2, 4), snapshot(9), write(40, 2)]);
+    catch_up_to(&source, &mut target, 3);
+    do_all(&mut source, &[write(1, 1), zero(9, 1)]);
+    let frozen = freeze(&mut source, volume());
+    mark_incomplete(&mut target, volume());
+    let is_record = |world: &World, block: &u64| world.disk.sector(*block)[4..8] == *b"TLG1";
+    let before: Vec<u64> =
+        (64..64 + 1024).filter(|block| is_record(&target, block)).take(4).collect();
+    copy_to(&mut source, &mut target, &frozen);
+    target.tick(1000);
+    target.settle();
+    let image = target.disk.image();
+    for record in before {
+        for block in [record, record + 1] {
+            let mut after = target.fork(SimDisk::from_image(CAPACITY, &image));
+            after.disk.flip(block, 50 * 8);
+            let report = after.restart();
+            assert_eq!(report.damaged, [], "block {block}");
+            assert_is_view(&mut after, volume(), &frozen, &format!("block {block} is bad"));
+        }
+    }
+}
+
 /// A replica that is deleted while pieces are on their way: they are given up.
 #[test]
 fn a_replica_deleted_meanwhile_leaves_nothing() {
