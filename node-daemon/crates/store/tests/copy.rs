@@ -10,7 +10,7 @@ use common::{World, evidence, id, volume_id};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tercet_proto::storage::{Incomplete, Source, Storage};
-use tercet_proto::{BlockRange, Copies, EntryKind, SnapshotId, Token, VolumeId};
+use tercet_proto::{BlockRange, Copies, EntryKind, Lsn, SnapshotId, Token, VolumeId};
 use tercet_store::simdisk::SimDisk;
 
 const CAPACITY: u64 = 48 << 20;
@@ -327,11 +327,17 @@ fn what_only_a_view_holds_is_written_once() {
     let mut source = World::new(21, CAPACITY, Some(1024));
     source.create(volume(), 100 * 1024, None);
     source.settle();
-    for chunk in 0..90 {
-        do_all(&mut source, &[write(chunk * 1024, 1)]);
+    for chunk in 0..80 {
+        source.append(volume(), None, &[write(chunk * 1024, 1)]).expect("room");
+        source.settle();
     }
+    source.append(volume(), None, &[zero(0, 100 * 1024)]).expect("room");
+    source.settle();
+    // No checkpoint comes between: what the view has was never written.
+    source.store.apply(volume(), Lsn(80));
     let view = source.store.freeze(volume()).expect("complete");
-    do_all(&mut source, &[zero(0, 100 * 1024)]);
+    source.store.apply(volume(), Lsn(81));
+    source.apply(volume(), u64::MAX / 2);
     held_bytes(&mut source);
     let kept = source.store.usage().reserved_bytes;
     source.store.thaw(view.id);
