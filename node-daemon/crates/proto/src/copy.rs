@@ -4,7 +4,8 @@
 //! A *view* is a volume at one applied place with its snapshots, frozen until it is thawed. Its
 //! *parts* are the snapshots, oldest first, and behind them the volume itself. Every block of a part
 //! has a stamp, the entry that changed it last, holes included: blocks of one volume with equal
-//! stamps are equal. So a target makes its own map equal to one part after the other by copying
+//! stamps are equal, if both are holes or neither is (in a clone, what is inherited and what was
+//! never written both read (0, 0)). So a target makes its own map equal to one part after the other by copying
 //! what differs, in either direction, and keeps the map as the snapshot at the end of each part:
 //! what snapshots share at the source they share here.
 //!

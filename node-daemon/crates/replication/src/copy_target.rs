@@ -184,6 +184,9 @@ impl Replica {
         if !self.fits_promise(envelope, cx) || !matches!(self.role, Role::Follower { .. }) {
             return;
         }
+        if cx.storage.replica(self.volume).is_none_or(|there| there.replica != self.id) {
+            return; // deleted, and about to be told so
+        }
         if let CopyMessage::Offer { view, start, settled } = message {
             self.on_offer((peer, envelope), view, start, settled, cx);
             return;
