@@ -183,6 +183,59 @@ fn c2_a_damaged_replica_is_copied() {
     cluster.write(0, id, 1, 55);
 }
 
+/// The view is given up while pieces of it are stuck at the target's disk: no other pass begins before
+/// they have landed, or they could land behind its look at the stamps.
+#[test]
+fn c2_no_pass_begins_while_pieces_are_on_their_way() {
+    let (mut cluster, id) = behind_the_log(8, 100);
+    cluster.start(2);
+    while sent(&cluster, |copy| matches!(copy, CopyMessage::Blocks { .. })) == 0 {
+        cluster.run_to(cluster.now + 20_000);
+    }
+    cluster.stop_disk(2, true);
+    miss(&mut cluster, id, 50);
+    cluster.run_ms(4000);
+    assert_eq!(cluster.status(2).map(|s| s.incomplete), Some(true));
+    let views = cluster.sent.iter().filter_map(|(_, _, message)| match message {
+        Message::Replica(_, ReplicaMessage::Copy(CopyMessage::Offer { view, .. })) => Some(view.id),
+        _ => None,
+    });
+    let views: std::collections::BTreeSet<_> = views.collect();
+    assert!(views.len() > 1, "a view that nobody asks for is given up");
+    cluster.stop_disk(2, false);
+    cluster.run_ms(3000);
+    assert_eq!(cluster.status(2).map(|s| s.incomplete), Some(false));
+    assert_equal_with_snapshots(&cluster);
+}
+
+/// T5: a primary that has adopted and committed nothing offers a view that lacks what the damaged
+/// replica has acknowledged. Complete at that place, with the primary lost the moment after, it
+/// would be taken for one that never had more.
+#[test]
+fn c2_t5_a_view_that_holds_less_than_was_acknowledged_is_not_taken() {
+    let mut cluster = Cluster::serving(9);
+    let id = cluster.connect(0, host(1));
+    for n in 0..10 {
+        cluster.write(0, id, n, 100 + n);
+    }
+    cluster.run_ms(50);
+    let acknowledged = cluster.status(2).expect("there").tail;
+    for i in 0..3 {
+        cluster.power_loss(i, usize::MAX);
+    }
+    cluster.machines[2].store.damage(VOLUME, Incomplete::AcknowledgedUpTo(acknowledged));
+    cluster.start(0);
+    cluster.start(2);
+    cluster.run_ms(6000);
+    let offers = sent(&cluster, |copy| matches!(copy, CopyMessage::Offer { settled: false, .. }));
+    assert!(offers > 0, "node 0 leads, and has committed nothing");
+    assert_eq!(cluster.status(2).map(|s| s.incomplete), Some(true));
+    cluster.start(1);
+    cluster.run_ms(6000);
+    assert_eq!(cluster.status(2).map(|s| s.incomplete), Some(false));
+    assert_equal_with_snapshots(&cluster);
+}
+
 /// T5: a view that lacks what the replica may have acknowledged is not taken before a majority of
 /// complete ones has gone beyond it: nobody else may have it.
 #[test]

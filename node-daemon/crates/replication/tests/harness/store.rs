@@ -16,6 +16,7 @@ enum Op {
     Append { volume: VolumeId, drop_after: Option<Lsn>, entries: Vec<Entry> },
     Promise { volume: VolumeId, promise: Promise, token: Token },
     Incomplete { volume: VolumeId, incomplete: Option<Incomplete>, token: Token },
+    Pieces { volume: VolumeId, pieces: Vec<Piece>, token: Token },
     Finish { volume: VolumeId, place: Place, token: Token },
 }
 
@@ -99,6 +100,14 @@ impl MemStore {
                     if let Some(replica) = self.replicas.get_mut(&volume) {
                         replica.disk.promise = Some(promise.clone());
                         replica.state.promise = Some(promise);
+                    }
+                    self.events.push_back(StorageEvent::Done { token, result: Ok(()) });
+                }
+                Op::Pieces { volume, pieces, token } => {
+                    if let Some(replica) = self.replicas.get_mut(&volume) {
+                        for piece in pieces {
+                            replica.now.put(piece.range, piece.stamp, piece.data.as_ref());
+                        }
                     }
                     self.events.push_back(StorageEvent::Done { token, result: Ok(()) });
                 }
@@ -357,11 +366,7 @@ impl Copies for MemStore {
     }
 
     fn copy_write(&mut self, volume: VolumeId, pieces: Vec<Piece>, token: Token) {
-        let replica = self.replicas.get_mut(&volume).expect("a replica");
-        for piece in pieces {
-            replica.now.put(piece.range, piece.stamp, piece.data.as_ref());
-        }
-        self.events.push_back(StorageEvent::Done { token, result: Ok(()) });
+        self.ops.push_back(Op::Pieces { volume, pieces, token });
     }
 
     fn copy_snapshot(&mut self, volume: VolumeId, snapshot: SnapshotState) {
