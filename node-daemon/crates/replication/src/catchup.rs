@@ -420,6 +420,7 @@ impl Replica {
             Role::Primary(_) => {
                 let Some((feed, members)) = split(self) else { return };
                 for member in members.iter_mut().filter(|m| m.node == *node) {
+                    member.heard = Lsn(0); // a new instance has forgotten the commit: asked until told
                     if member.counts() && !member.has_probe_to_send() {
                         feed.ask(member, cx);
                     } else {

@@ -396,3 +396,23 @@ fn l5_a_stop_during_a_hand_over_leaves_its_answer_to_it() {
 fn t4_nothing_of_an_older_epoch_is_acknowledged_after_the_promise() {
     harness::stories::late_acknowledgement(|_| {});
 }
+
+/// Nothing is written, and what the primary says to a member that has started anew is lost: it held the
+/// commit for told, and the member never applied its log (seed 5116).
+#[test]
+fn w5_a_member_that_starts_anew_hears_the_commit_of_an_idle_volume() {
+    let mut cluster = Cluster::serving(21);
+    let id = cluster.connect(0, host(1));
+    cluster.write(0, id, 1, 5);
+    cluster.run_ms(50);
+    cluster.power_loss(2, usize::MAX);
+    cluster.filter = Box::new(|_, to, message| {
+        to != 2 || !matches!(message, Message::Replica(_, ReplicaMessage::Append { .. }))
+    });
+    cluster.start(2);
+    cluster.run_ms(100);
+    cluster.filter = Box::new(|_, _, _| true);
+    cluster.run_ms(2000);
+    let status = cluster.status(2).expect("there");
+    assert_eq!(status.applied, status.tail);
+}
