@@ -104,6 +104,7 @@ def tiers() -> tuple[Tier, ...]:
                 (*canary, "canaries"),
                 (*model_canary, "canaries"),
                 cargo("test", "-q", "-p", "tercet-store", "--features", "canary", "--test", "copy"),
+                cargo("test", "-q", "-p", "tercet-store", "--features", "canary", "canary"),
             ),
         ),
         Tier("control-plane", "a real API server: CRDs, operator, agent", (pytest("-m", "local"),)),

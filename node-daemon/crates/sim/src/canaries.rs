@@ -107,5 +107,6 @@ pub fn all() -> Vec<Bird> {
         Store S::ForgetDrop 0,
         Store S::IgnoreChecksums 0,
         Store S::EmptyClone 0,
+        Store S::ForgetRelease 0,
     ]
 }

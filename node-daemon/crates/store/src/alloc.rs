@@ -32,6 +32,9 @@ pub(crate) struct Alloc {
     home: HashMap<u32, u32>,
     /// Blocks promised to entries that will need them when they are applied.
     pub(crate) reserved: u64,
+    /// Breaks the count once.
+    #[cfg(feature = "canary")]
+    pub(crate) forget_release: bool,
 }
 
 impl Alloc {
@@ -52,6 +55,8 @@ impl Alloc {
             aging: Vec::new(),
             home: HashMap::new(),
             reserved: 0,
+            #[cfg(feature = "canary")]
+            forget_release: false,
         }
     }
 
@@ -105,6 +110,10 @@ impl Alloc {
 
     /// Takes a holder away; without any the block becomes pending.
     pub(crate) fn release(&mut self, block: u32) {
+        #[cfg(feature = "canary")]
+        if std::mem::take(&mut self.forget_release) {
+            return;
+        }
         let index = self.index(block);
         let group = index / CHUNK_BLOCKS;
         let counts = self.holders[group].as_mut().expect("a held block");

@@ -86,6 +86,8 @@ pub enum Canary {
     NoHoleStamps,
     /// A clone whose snapshot is not applied here yet starts empty and complete (S3).
     EmptyClone,
+    /// One holder of a block is not taken away: the block is never free again (W8).
+    ForgetRelease,
 }
 
 /// How full a store is.

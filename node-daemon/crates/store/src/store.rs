@@ -112,8 +112,14 @@ pub struct Store {
 impl Store {
     /// A store around what opening found. Recovery fills it.
     pub(crate) fn with(options: Options, superblock: Superblock, start: u64) -> Self {
+        #[allow(unused_mut)] // a canary breaks it
+        let mut alloc = Alloc::new(superblock.data);
+        #[cfg(feature = "canary")]
+        {
+            alloc.forget_release = options.canary == Some(crate::options::Canary::ForgetRelease);
+        }
         Self {
-            alloc: Alloc::new(superblock.data),
+            alloc,
             log: Log::new(superblock.ring, start, start),
             options,
             superblock,

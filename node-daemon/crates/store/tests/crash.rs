@@ -181,3 +181,30 @@ fn the_instance_of_the_last_opening_is_known() {
     let report = world.restart();
     assert_eq!(report.previous_instance, Some(InstanceId::from_bytes(id(2))));
 }
+
+/// Rules broken on purpose: the enumeration notices each.
+#[cfg(feature = "canary")]
+mod canaries {
+    use super::enumerate;
+    use crate::common::assert_caught;
+    use tercet_store::Canary;
+
+    fn caught(canary: Canary) {
+        assert_caught(canary, || enumerate(0, &mut 0));
+    }
+
+    #[test]
+    fn canary_skipped_flushes_are_caught() {
+        caught(Canary::SkipFlush);
+    }
+
+    #[test]
+    fn canary_a_forgotten_drop_is_caught() {
+        caught(Canary::ForgetDrop);
+    }
+
+    #[test]
+    fn canary_an_empty_clone_is_caught() {
+        caught(Canary::EmptyClone);
+    }
+}

@@ -304,3 +304,12 @@ fn bad_devices_are_refused_by_name() {
     let error = reopen(&mut world).expect_err("another's");
     assert!(matches!(error, OpenError::WrongStore { .. }), "{error}");
 }
+
+#[cfg(feature = "canary")]
+#[test]
+fn canary_damage_taken_for_a_torn_tail_is_caught() {
+    common::assert_caught(
+        tercet_store::Canary::TornTailForDamage,
+        a_bad_header_below_a_mark_makes_the_volume_that_its_successor_names_incomplete,
+    );
+}

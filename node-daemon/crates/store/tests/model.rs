@@ -178,3 +178,29 @@ fn random_work_agrees_with_the_model() {
     println!("{operations} operations, {reads} reads compared, {refused} refused");
     evidence("store_model_operations", operations, 0, started);
 }
+
+/// Rules broken on purpose: random work notices each.
+#[cfg(feature = "canary")]
+mod canaries {
+    use super::run;
+    use crate::common::assert_caught;
+    use tercet_store::Canary;
+
+    fn caught(canary: Canary) {
+        assert_caught(canary, || {
+            for seed in 0..8 {
+                run(seed, 12, 400);
+            }
+        });
+    }
+
+    #[test]
+    fn canary_a_skipped_release_is_caught() {
+        caught(Canary::ForgetRelease);
+    }
+
+    #[test]
+    fn canary_space_that_is_used_again_early_is_caught() {
+        caught(Canary::ReuseFreedEarly);
+    }
+}

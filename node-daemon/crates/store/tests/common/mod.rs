@@ -730,10 +730,19 @@ pub fn evidence(name: &str, count: u64, violations: u64, started: std::time::Ins
     }
 }
 
-/// The rule to break, from the environment: these tests must fail then.
+#[cfg(feature = "canary")]
+thread_local! {
+    static CANARY: std::cell::Cell<Option<tercet_store::Canary>> =
+        const { std::cell::Cell::new(None) };
+}
+
+/// The rule to break: this thread's, or the environment's (then these tests must fail).
 #[cfg(feature = "canary")]
 fn canary() -> Option<tercet_store::Canary> {
     use tercet_store::Canary;
+    if let Some(canary) = CANARY.get() {
+        return Some(canary);
+    }
     let name = std::env::var("TERCET_CANARY").ok()?;
     Some(match name.as_str() {
         "skip-flush" => Canary::SkipFlush,
@@ -746,4 +755,16 @@ fn canary() -> Option<tercet_store::Canary> {
         "no-hole-stamps" => Canary::NoHoleStamps,
         other => panic!("no canary {other}"),
     })
+}
+
+/// Whether the checks of `body` notice that this rule is broken, and do not fail otherwise.
+#[cfg(feature = "canary")]
+pub fn assert_caught(canary: tercet_store::Canary, body: impl Fn()) {
+    let started = std::time::Instant::now();
+    body();
+    CANARY.set(Some(canary));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(&body));
+    CANARY.set(None);
+    assert!(result.is_err(), "{canary:?} was not noticed");
+    evidence(&format!("store_canary_{canary:?}"), 1, 0, started);
 }
