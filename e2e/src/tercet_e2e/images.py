@@ -216,6 +216,17 @@ async def build_workload(root: Path, docker: Engine) -> str:
     return Site.workload_image
 
 
+async def rebuild(root: Path, docker: Engine, tag: str) -> list[str]:
+    """Make our images anew under another tag, for an upgrade: they differ in a label alone."""
+    names = []
+    with tempfile.TemporaryDirectory(prefix="tercet-images-") as folder:
+        for name in own_names(root).values():
+            Path(folder, "Dockerfile").write_text(f"FROM {name}\nLABEL tercet.io/rebuilt={tag}\n")
+            names.append(f"{name.rpartition(':')[0]}:{tag}")
+            await docker.run("build", "-q", "--network", "none", "-t", names[-1], folder)
+    return names
+
+
 async def push(root: Path, docker: Engine, registry: str) -> list[str]:
     """Push our images below a registry; returns the names that they have there.
 

@@ -13,7 +13,6 @@ from kindharness import (
     CHART,
     NAMESPACE,
     RELEASE,
-    REPOSITORY,
     Database,
     Installed,
     objects,
@@ -23,9 +22,7 @@ from kindharness import (
     wait_storage_nodes,
 )
 
-from tercet_e2e import images
 from tercet_e2e.errors import ProcessError
-from tercet_e2e.kindcluster import KindSite
 from tercet_e2e.kubectl import KubectlError
 from tercet_e2e.site import Site
 
@@ -193,21 +190,10 @@ async def upgrade(installed: Installed, *more: str) -> None:
     await installed.site.helm(*words, timeout_s=UPGRADE_TIMEOUT_S + 10)
 
 
-async def rebuild(installed: Installed) -> list[str]:
-    """Have other images of ours on the nodes; Helm's words for taking them."""
-    site, tag = installed.site, installed.upgrade_tag
-    if isinstance(site, KindSite):
-        tag = f"rebuilt-{time.time():.0f}"
-        names = []
-        folder = site.root / "rebuilt"
-        folder.mkdir(exist_ok=True)
-        for name in images.own_names(REPOSITORY).values():
-            (folder / "Dockerfile").write_text(f"FROM {name}\nLABEL tercet.io/rebuilt={tag}\n")
-            names.append(f"{name.rpartition(':')[0]}:{tag}")
-            await site.engine.run("build", "-q", "--network", "none", "-t", names[-1], str(folder))
-        await site.load(*names)
-    if tag is not None:
-        return ["--set", f"image.tag={tag}"]
+def rebuilt(installed: Installed) -> list[str]:
+    """Helm's words for taking other images of ours; where there are none, for new pods."""
+    if installed.upgrade_tag is not None:
+        return ["--set", f"image.tag={installed.upgrade_tag}"]
     annotation = f"example\\.org/upgraded={time.time():.0f}"
     parts = ("node", "operator", "csi.controller", "csi.node")
     return [
@@ -218,12 +204,10 @@ async def rebuild(installed: Installed) -> list[str]:
 async def test_upgrade(database: Database, installed: Installed):
     """The chart goes to rebuilt images, node by node, under load."""
     site = installed.site
-    with site.step("rebuilt images onto all nodes"):
-        values = await rebuild(installed)
     before = await our_pods(site)
     started_ns = time.monotonic_ns()
     with site.step("helm upgrade --wait under load"):
-        await upgrade(installed, *values)
+        await upgrade(installed, *rebuilt(installed))
         for kind in ("daemonset/tercet-node-default", "daemonset/tercet-csi-node"):
             await site.kubectl.run(
                 *("rollout", "status", kind, "-n", NAMESPACE),
