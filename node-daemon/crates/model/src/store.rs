@@ -13,8 +13,9 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, SnapshotState, Storage, StorageEvent};
 use tercet_proto::{
-    BlockRange, Config, Copies, Entry, EntryHeader, EntryKind, Lsn, Piece, Place, Promise,
-    ReplicaId, ReplicaState, StampRun, StorageError, Token, View, ViewId, VolumeId,
+    BlockRange, BlockVersion, Config, Copies, Entry, EntryHeader, EntryKind, Lsn, Piece, Place,
+    Promise, Repairs, ReplicaId, ReplicaState, StampRun, StorageError, Token, View, ViewId,
+    VolumeId,
 };
 
 use crate::SIZE_BLOCKS;
@@ -222,6 +223,17 @@ impl Copies for Store {
 
     fn copy_finish(&mut self, _: VolumeId, _: Place, _: Token) {
         unreachable!("{NO_COPIES}")
+    }
+}
+
+/// No block of the model is bad (C4).
+impl Repairs for Store {
+    fn read_version(&mut self, _: VolumeId, _: BlockVersion, _: Token) {
+        unreachable!("no block of the model is bad")
+    }
+
+    fn repair(&mut self, _: VolumeId, _: BlockVersion, _: Bytes, _: Token) {
+        unreachable!("no block of the model is bad")
     }
 }
 

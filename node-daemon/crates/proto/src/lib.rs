@@ -12,6 +12,7 @@ pub mod disk;
 pub mod entry;
 pub mod ids;
 pub mod message;
+pub mod repair;
 pub mod storage;
 pub mod time;
 
@@ -19,6 +20,7 @@ pub use config::{Config, ConfigState, IllegalStep, Member, Primary};
 pub use copy::{Copies, Piece, StampRun, View, ViewId};
 pub use entry::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise};
 pub use ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, SnapshotId, Token, VolumeId};
+pub use repair::{BlockVersion, Repairs};
 pub use storage::{
     NewReplica, ReplicaState, SnapshotState, Source, Storage, StorageError, StorageEvent,
 };

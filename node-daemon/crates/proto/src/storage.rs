@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::copy::Copies;
 use crate::entry::{BlockRange, Entry, EntryHeader, Place, Promise};
 use crate::ids::{Lsn, ReplicaId, SnapshotId, Token, VolumeId};
+use crate::repair::{BlockVersion, Repairs};
 
 /// What a replica is, as far as storage knows. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -127,14 +128,17 @@ pub enum StorageError {
     /// The log or the buffers are full for now; try again after the next event.
     #[error("busy: the log or the buffers are full for now")]
     Busy,
-    /// Bytes read back do not have their checksum (rule C4).
-    #[error("checksum mismatch in volume {volume} at block {block}")]
+    /// Bytes read back do not have their checksum, or cannot be read back (rule C4).
+    #[error("bad bytes in volume {volume} at block {block}: they are not what was written")]
     Checksum {
         /// The volume.
         volume: VolumeId,
         /// The first bad block.
         block: u64,
     },
+    /// That version of a block is not here (rule C4).
+    #[error("volume {0} has another version of that block here")]
+    OtherVersion(VolumeId),
     /// The device failed; the store stops taking writes.
     #[error("device failed: {0}")]
     Device(String),
@@ -171,6 +175,14 @@ pub enum StorageEvent {
         /// The blocks' bytes in order, in one or more pieces; zeroes where nothing was written.
         result: Result<Vec<Bytes>, StorageError>,
     },
+    /// A block was found bad: it does not have its checksum, or cannot be read (rule C4). Comes
+    /// before the answer to the read that found it, and again each time it is found.
+    Bad {
+        /// The volume.
+        volume: VolumeId,
+        /// The block, by the first of the volume's maps that has it: the volume's, then snapshots'.
+        version: BlockVersion,
+    },
     /// `read_log` has the entries.
     Log {
         /// The caller's token.
@@ -183,7 +195,7 @@ pub enum StorageEvent {
 }
 
 /// A store of replicas. See the module's text for when things take effect.
-pub trait Storage: Copies {
+pub trait Storage: Copies + Repairs {
     /// Every replica here.
     fn replicas(&self) -> Vec<ReplicaState>;
 

@@ -272,6 +272,7 @@ impl Node {
                 });
             }
             StorageEvent::Done { token, result } => self.done(token, result, now, storage, out),
+            StorageEvent::Bad { .. } => {} // not repaired yet (C4)
             StorageEvent::Filled { volume } => {
                 self.with(volume, now, storage, out, Replica::on_filled);
             }

@@ -16,6 +16,7 @@ pub use report::Options;
 pub use shard::Shard;
 pub use tercet_replication::Identity;
 pub use tercet_store::options::{FormatOptions, OpenError, OpenReport, Usage};
+pub use tercet_store::{ScrubPace, ScrubStatus};
 
 /// What happens to a shard.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use tercet_proto::{Instant, StorageEvent, VolumeId};
 use tercet_replication::api::{Input, Output, ReplicaStatus};
 use tercet_store::disk::{DiskDone, DiskOp, DiskToken};
 
-use crate::{Effect, Event, Usage};
+use crate::{Effect, Event, ScrubStatus, Usage};
 
 /// Storage events that one step may bring about; more is a loop between store and protocol.
 const EVENTS_PER_STEP_MAX: usize = 1 << 20;
@@ -31,6 +31,12 @@ pub(crate) trait Backend: Storage {
 
     /// How full the device is.
     fn usage(&self) -> Usage;
+
+    /// How far scrub is, and what was found bad (rule C4).
+    fn scrub_status(&self) -> ScrubStatus;
+
+    /// Where on the device the bytes of a block are: in 4 KiB from its start.
+    fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64>;
 
     /// Bytes that a replica's newest state maps.
     fn allocated_bytes(&self, volume: VolumeId) -> Option<u64>;
@@ -103,6 +109,14 @@ impl Machine {
 
     pub(crate) fn usage(&self) -> Usage {
         self.store.usage()
+    }
+
+    pub(crate) fn scrub_status(&self) -> ScrubStatus {
+        self.store.scrub_status()
+    }
+
+    pub(crate) fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64> {
+        self.store.place_of(volume, block)
     }
 
     pub(crate) fn storage(&self) -> &dyn Storage {

@@ -13,7 +13,7 @@ use tercet_store::disk::{Disk, DiskDone, DiskOp, DiskToken};
 
 use crate::machine::{Backend, Machine, Protocol};
 use crate::report::Options;
-use crate::{Effect, Event, FormatOptions, Identity, OpenError, OpenReport, Usage};
+use crate::{Effect, Event, FormatOptions, Identity, OpenError, OpenReport, ScrubStatus, Usage};
 
 /// One device's store and the replicas in it.
 pub struct Shard {
@@ -75,6 +75,17 @@ impl Shard {
         self.machine.usage()
     }
 
+    /// How far scrub is, and what was found bad (rule C4).
+    pub fn scrub_status(&self) -> ScrubStatus {
+        self.machine.scrub_status()
+    }
+
+    /// Where on the device the bytes of a block of a volume are, in 4 KiB from its start: for tests
+    /// that damage it. None where it is a hole, or its bytes are still in the log.
+    pub fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64> {
+        self.machine.place_of(volume, block)
+    }
+
     /// What is stored here, to look at.
     pub fn storage(&self) -> &dyn Storage {
         self.machine.storage()
@@ -105,6 +116,14 @@ impl Backend for Store {
 
     fn usage(&self) -> Usage {
         self.usage()
+    }
+
+    fn scrub_status(&self) -> ScrubStatus {
+        self.scrub_status()
+    }
+
+    fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64> {
+        self.place_of(volume, block)
     }
 
     fn allocated_bytes(&self, volume: VolumeId) -> Option<u64> {

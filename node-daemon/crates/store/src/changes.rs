@@ -93,6 +93,7 @@ impl Store {
     }
 
     pub(crate) fn append_entry(&mut self, volume: VolumeId, drop_after: Option<Lsn>, entry: Entry) {
+        self.scrub.host_io = true;
         let number = self.replicas[&volume].number;
         let header = entry.header;
         assert_eq!(entry.payload.len(), header.payload_bytes(), "a payload is as long as it says");

@@ -44,6 +44,7 @@ impl Store {
         }
         self.read_holds().for_each(&mut hold);
         self.writing.values().flat_map(Writing::blocks).for_each(&mut hold);
+        self.mending.values().map(|mending| mending.fresh).for_each(&mut hold);
         let mut wrong = self.alloc.compare(&fresh);
         let ids: HashSet<&u64> = leaves.keys().collect();
         if leaves.len() as u64 != self.leaves.live

@@ -103,6 +103,11 @@ impl Checkpoint {
         self.leaves.iter().map(|(leaf, _)| leaf)
     }
 
+    /// The block of the ring at which a span that is being copied begins.
+    pub(crate) fn copy_first(&self, unit: u64) -> u32 {
+        self.units[&unit].pairs[0].0
+    }
+
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }

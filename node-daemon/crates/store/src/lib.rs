@@ -27,13 +27,17 @@ mod log;
 mod map;
 mod open;
 mod read;
+mod repair;
 mod replay;
 mod replica;
+mod reread;
 mod scan;
+mod scrub;
 mod seam;
 mod view;
 
 #[cfg(feature = "canary")]
 pub use options::Canary;
 pub use options::{FormatOptions, OpenError, OpenReport, Options, Usage};
+pub use scrub::{ScrubPace, ScrubStatus};
 pub use store::Store;

@@ -79,7 +79,7 @@ impl Leaves {
         self.live - self.places.len() as u64
     }
 
-    fn new_leaf(&mut self, blocks: Box<[LeafBlock]>) -> Leaf {
+    pub(crate) fn new_leaf(&mut self, blocks: Box<[LeafBlock]>) -> Leaf {
         let id = self.next_id;
         self.next_id += 1;
         self.live += 1;

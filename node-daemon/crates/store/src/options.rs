@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::arena::Arena;
 use crate::disk::DiskError;
+use crate::scrub::ScrubPace;
 
 /// Smallest device: superblocks, slots, the smallest ring, and as much data again.
 pub const CAPACITY_BYTES_MIN: u64 = 8 << 20;
@@ -43,6 +44,8 @@ pub struct Options {
     pub expect: Option<(Uuid, NodeName, u16)>,
     /// Log records on their way to the device at a time; what comes meanwhile goes into the next.
     pub records_in_flight_max: usize,
+    /// How quickly it is scrubbed; none: not at all.
+    pub scrub: Option<ScrubPace>,
     /// The rule to break.
     #[cfg(feature = "canary")]
     pub canary: Option<Canary>,
@@ -55,6 +58,7 @@ impl Options {
             arena,
             expect: None,
             records_in_flight_max: 4,
+            scrub: None,
             #[cfg(feature = "canary")]
             canary: None,
         }
@@ -78,6 +82,8 @@ pub enum Canary {
     CutEarly,
     /// A drop is not written with the append that replaces what it drops (W2).
     ForgetDrop,
+    /// A block is given to a peer, and repaired, from another version than was asked for (C4).
+    RepairOtherVersion,
     /// Checksums of what is read are not looked at (C4).
     IgnoreChecksums,
     /// A copy ends before a checkpoint holds its pieces (C2).

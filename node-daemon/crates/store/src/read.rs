@@ -28,6 +28,8 @@ enum For {
     Log(Token, Vec<(EntryHeader, usize)>),
     /// The chunk of a run over all chunks.
     Sums(Box<Sums>),
+    /// Only to see whether the blocks are what they should be (C4).
+    Scrub,
 }
 
 #[derive(Debug)]
@@ -53,10 +55,19 @@ pub(crate) struct DevicePart {
     /// The volume's block, to name it in an error.
     block: u64,
     crcs: Vec<u32>,
-    /// Blocks of the data area that are held meanwhile.
-    held: Vec<u32>,
+    /// The blocks of the data area that a map names; of the ring's payloads of entries: 0.
+    devices: Vec<u32>,
+    /// The bytes are still in the ring: its position is pinned. Else the blocks are held.
+    in_ring: bool,
     /// Positions of the ring that are pinned meanwhile.
     pinned: Option<u64>,
+}
+
+impl DevicePart {
+    /// Blocks of the data area that are held meanwhile.
+    fn held(&self) -> &[u32] {
+        if self.in_ring { &[] } else { &self.devices }
+    }
 }
 
 /// A read in progress.
@@ -70,11 +81,16 @@ pub(crate) struct Job {
 }
 
 /// Builds parts; neighbours become one.
-struct Parts {
+#[derive(Default)]
+pub(crate) struct Parts {
     parts: Vec<Part>,
 }
 
 impl Parts {
+    pub(crate) fn parts(self) -> Vec<Part> {
+        self.parts
+    }
+
     fn zero(&mut self) {
         match self.parts.last_mut() {
             Some(Part::Zero(count)) => *count += 1,
@@ -82,20 +98,19 @@ impl Parts {
         }
     }
 
-    fn device(&mut self, at: u32, in_ring: bool, held: u32, block: u64, crc: u32) {
+    /// A block of the volume whose bytes are at `at`.
+    pub(crate) fn device(&mut self, at: u32, in_ring: bool, device: u32, block: u64, crc: u32) {
         if let Some(Part::Device(part)) = self.parts.last_mut() {
-            let next = part.first + part.crcs.len() as u32;
-            let both = part.held.is_empty() == in_ring;
-            if next == at && both && part.crcs.len() < IO_BLOCKS_MAX as usize {
+            let count = part.crcs.len();
+            let next = part.first + count as u32 == at && part.block + count as u64 == block;
+            if next && part.in_ring == in_ring && count < IO_BLOCKS_MAX as usize {
                 part.crcs.push(crc);
-                if !in_ring {
-                    part.held.push(held);
-                }
+                part.devices.push(device);
                 return;
             }
         }
-        let held = if in_ring { Vec::new() } else { vec![held] };
-        let part = DevicePart { first: at, block, crcs: vec![crc], held, pinned: None };
+        let (crcs, devices) = (vec![crc], vec![device]);
+        let part = DevicePart { first: at, block, crcs, devices, in_ring, pinned: None };
         self.parts.push(Part::Device(part));
     }
 }
@@ -103,7 +118,7 @@ impl Parts {
 impl Store {
     /// Blocks of a map as parts.
     pub(crate) fn map_parts(&self, map: &Map, range: BlockRange) -> Vec<Part> {
-        let mut parts = Parts { parts: Vec::new() };
+        let mut parts = Parts::default();
         for block in range.start..range.end() {
             let leaf = map.block(block);
             if leaf.device == 0 {
@@ -122,6 +137,7 @@ impl Store {
         range: BlockRange,
         token: Token,
     ) -> Result<(), StorageError> {
+        self.scrub.host_io = true;
         let parts = self.map_parts(&self.replicas[&volume].head, range);
         self.start_job(volume, For::Read(token), parts).map_err(|(_, error)| error)
     }
@@ -145,7 +161,7 @@ impl Store {
     ) -> Result<(), StorageError> {
         let replica = &self.replicas[&volume];
         assert!(replica.entry(from).is_some(), "only retained entries are read");
-        let mut parts = Parts { parts: Vec::new() };
+        let mut parts = Parts::default();
         let (mut entries, mut bytes, mut lsn) = (Vec::new(), 0, from);
         while let Some(entry) = replica.entry(lsn) {
             bytes += entry.header.payload_bytes();
@@ -166,19 +182,19 @@ impl Store {
 
     fn entry_parts(&self, payload: &Payload, crcs: &[u32], parts: &mut Parts) {
         // A part must not run on from the entry before.
-        let mut own = Parts { parts: Vec::new() };
+        let mut own = Parts::default();
         match payload {
             Payload::None => {}
             Payload::Ring(first) => {
-                for (at, crc) in (*first..).zip(crcs) {
-                    own.device(at, true, 0, 0, *crc);
+                for (index, (at, crc)) in (0..).zip((*first..).zip(crcs)) {
+                    own.device(at, true, 0, index, *crc);
                 }
             }
             Payload::Extents(runs) => {
                 let blocks = runs.iter().flat_map(|run| run.0..run.0 + run.1);
-                for (block, crc) in blocks.zip(crcs) {
+                for (index, (block, crc)) in (0..).zip(blocks.zip(crcs)) {
                     let at = self.alloc.location(block);
-                    own.device(at, self.log.is_ring(at), block, 0, *crc);
+                    own.device(at, self.log.is_ring(at), block, index, *crc);
                 }
             }
         }
@@ -211,10 +227,10 @@ impl Store {
         let mut left = 0;
         for (index, part) in parts.iter_mut().enumerate() {
             let Part::Device(part) = part else { continue };
-            for block in &part.held {
+            for block in part.held() {
                 self.alloc.hold(*block);
             }
-            if part.held.is_empty() {
+            if part.in_ring {
                 let position = self.log.position_of(part.first);
                 part.pinned = Some(position);
                 *self.log.pins.entry(position).or_insert(0) += 1;
@@ -231,11 +247,17 @@ impl Store {
         Ok(())
     }
 
+    /// The block of the device at which a part of a read begins.
+    pub(crate) fn read_first(&self, id: u64, index: usize) -> u32 {
+        let Part::Device(part) = &self.jobs[&id].parts[index] else { panic!("a part in progress") };
+        part.first
+    }
+
     pub(crate) fn on_read_done(&mut self, id: u64, index: usize, done: DiskDone) {
         let check = !self.ignores_checksums();
         let job = self.jobs.get_mut(&id).expect("a read in progress");
         let Part::Device(part) = &mut job.parts[index] else { panic!("a part in progress") };
-        for block in &part.held {
+        for block in part.held() {
             self.alloc.release(*block);
         }
         if let Some(position) = part.pinned {
@@ -246,19 +268,30 @@ impl Store {
             }
         }
         let buf = done.buf.expect("a read's buffer comes back");
-        let bad = buf
-            .chunks(BLOCK_BYTES)
-            .zip(&part.crcs)
-            .position(|(block, crc)| check && crc32c(block) != *crc);
+        let (mut good, mut bad) = (Vec::new(), Vec::new()); // mostly both stay empty: no memory
         if let Err(error) = done.result {
             job.error = Some(StorageError::Device(error.to_string()));
-        } else if let Some(bad) = bad {
-            let block = part.block + bad as u64;
-            job.error.get_or_insert(StorageError::Checksum { volume: job.volume, block });
+        } else if check {
+            let known = self.scrub.knows_bad_blocks();
+            for (index, block) in buf.chunks(BLOCK_BYTES).enumerate() {
+                if crc32c(block) != part.crcs[index] {
+                    bad.push((part.block + index as u64, part.devices[index]));
+                } else if known {
+                    good.push(part.devices[index]);
+                }
+            }
+        }
+        let (volume, of_map) = (job.volume, !matches!(job.what, For::Log(..)));
+        if let Some((block, _)) = bad.first() {
+            job.error.get_or_insert(StorageError::Checksum { volume, block: *block });
         }
         job.parts[index] = Part::Ready(Bytes::from_owner(buf));
         job.left -= 1;
-        if job.left == 0 {
+        let left = job.left;
+        if of_map {
+            self.blocks_checked(volume, &bad, &good);
+        }
+        if left == 0 {
             self.finish_job(id);
         }
     }
@@ -299,7 +332,13 @@ impl Store {
                 }
                 Err(error) => self.finish_sums(*sums, Err(error)),
             },
+            For::Scrub => self.on_scrubbed(),
         }
+    }
+
+    /// Reads parts only to see whether they are what they should be.
+    pub(crate) fn start_scrub(&mut self, volume: VolumeId, parts: Vec<Part>) -> bool {
+        self.start_job(volume, For::Scrub, parts).is_ok()
     }
 
     pub(crate) fn start_sums(&mut self, volume: VolumeId, map: Map, token: Token) {
@@ -338,7 +377,7 @@ impl Store {
     pub(crate) fn read_holds(&self) -> impl Iterator<Item = u32> + '_ {
         let parts = self.jobs.values().flat_map(|job| &job.parts);
         parts.flat_map(|part| match part {
-            Part::Device(part) => part.held.clone(),
+            Part::Device(part) => part.held().to_vec(),
             _ => Vec::new(),
         })
     }

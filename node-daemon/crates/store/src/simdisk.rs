@@ -51,6 +51,7 @@ pub struct SimDisk {
     done: Vec<DiskDone>,
     completions: u64,
     failing: BTreeSet<DiskToken>,
+    unreadable: BTreeSet<u64>,
     broken: Option<DiskError>,
     misdirect: Option<u64>,
     lose: bool,
@@ -75,6 +76,7 @@ impl SimDisk {
             done: Vec::new(),
             completions: 0,
             failing: BTreeSet::new(),
+            unreadable: BTreeSet::new(),
             broken: None,
             misdirect: None,
             lose: false,
@@ -113,6 +115,11 @@ impl SimDisk {
         self.failing.insert(token);
     }
 
+    /// Reads of this sector fail from now on, until it is written.
+    pub fn set_unreadable(&mut self, sector: u64) {
+        self.unreadable.insert(sector);
+    }
+
     /// From now on everything fails (or, with none, works again).
     pub fn set_broken(&mut self, error: Option<DiskError>) {
         self.broken = error;
@@ -148,7 +155,8 @@ impl SimDisk {
         let found = self.in_flight.remove(&token).expect("an operation in flight");
         self.completions += 1;
         self.operations += 1;
-        let failing = self.failing.remove(&token).then_some(DiskError::Io(5)).or(self.broken);
+        let refused = self.failing.remove(&token) || self.refuses(&found.op);
+        let failing = refused.then_some(DiskError::Io(5)).or(self.broken);
         let result = failing.map_or(Ok(()), Err);
         let ok = result.is_ok();
         let buf = match found.op {
@@ -184,6 +192,13 @@ impl SimDisk {
         self.done.push(DiskDone { token, buf, result });
     }
 
+    fn refuses(&self, op: &DiskOp) -> bool {
+        let DiskOp::Read { offset, into } = op else { return false };
+        let first = offset / BLOCK_BYTES as u64;
+        let sectors = first..first + (into.len() / BLOCK_BYTES) as u64;
+        self.unreadable.range(sectors).next().is_some()
+    }
+
     fn store(&mut self, offset: u64, data: &[u8], fua: bool) {
         self.written_bytes += data.len() as u64;
         let first = self.misdirect.take().unwrap_or(offset / BLOCK_BYTES as u64);
@@ -191,6 +206,7 @@ impl SimDisk {
             return;
         }
         for written in sectors(first, data) {
+            self.unreadable.remove(&written.sector);
             if fua {
                 self.volatile.remove(&written.sector);
                 self.durable.insert(written.sector, written.data);

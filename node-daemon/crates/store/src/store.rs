@@ -22,7 +22,10 @@ use crate::log::Log;
 use crate::map::Leaves;
 use crate::options::{Options, Usage};
 use crate::read::Job;
+use crate::repair::Mending;
 use crate::replica::Replica;
+use crate::reread::Reread;
+use crate::scrub::Scrub;
 use crate::view::Frozen;
 
 /// Writes of at least this many blocks (64 KiB) go straight to the data area.
@@ -45,9 +48,11 @@ const FREE_DELAY: Duration = Duration::from_secs(1);
 pub(crate) enum OpKind {
     Record(u64),
     Read { job: u64, part: usize },
+    Reread { id: u64 },
     CopyRead { unit: u64 },
     CopyWrite { unit: u64 },
     Piece { id: u64 },
+    Mend { id: u64 },
     Checkpoint,
 }
 
@@ -83,6 +88,14 @@ pub struct Store {
     pub(crate) log: Log,
     pub(crate) jobs: BTreeMap<u64, Job>,
     pub(crate) next_job: u64,
+    /// Reads that the device refused, done again (C4).
+    pub(crate) rereads: BTreeMap<u64, Reread>,
+    pub(crate) next_reread: u64,
+    pub(crate) unreadable_in_row: u64,
+    pub(crate) scrub: Scrub,
+    /// Repairs on their way to the device (C4).
+    pub(crate) mending: BTreeMap<u64, Mending>,
+    pub(crate) next_mending: u64,
     ops: HashMap<u64, OpKind>,
     next_op: u64,
     ops_out: Vec<(DiskToken, DiskOp)>,
@@ -136,6 +149,12 @@ impl Store {
             leaves: Leaves::default(),
             jobs: BTreeMap::new(),
             next_job: 0,
+            rereads: BTreeMap::new(),
+            next_reread: 0,
+            unreadable_in_row: 0,
+            scrub: Scrub::default(),
+            mending: BTreeMap::new(),
+            next_mending: 0,
             ops: HashMap::new(),
             next_op: 0,
             ops_out: Vec::new(),
@@ -161,10 +180,23 @@ impl Store {
     pub fn on_disk(&mut self, done: DiskDone, now: Instant) {
         self.now = self.now.max(now);
         let kind = self.ops.remove(&done.token.0).expect("a completion of an operation in flight");
+        match kind {
+            OpKind::Reread { id } => self.on_reread(id, done),
+            _ => {
+                if let Some(done) = self.read_again(kind, done) {
+                    self.completed(kind, done);
+                }
+            }
+        }
+    }
+
+    /// An operation is over: done, or failed for good.
+    pub(crate) fn completed(&mut self, kind: OpKind, done: DiskDone) {
         if let Err(error) = done.result {
             self.fail(&format!("{error} in {kind:?}"));
         }
         match kind {
+            OpKind::Reread { .. } => unreachable!("over when what it is for is"),
             OpKind::Read { job, part } => self.on_read_done(job, part, done),
             _ if self.failed.is_some() => {}
             OpKind::Record(id) => self.on_record_done(id),
@@ -173,11 +205,12 @@ impl Store {
             }
             OpKind::CopyWrite { unit } => self.on_copy_written(unit),
             OpKind::Piece { id } => self.on_piece_written(id),
+            OpKind::Mend { id } => self.on_mended(id),
             OpKind::Checkpoint => self.on_checkpoint_io(),
         }
     }
 
-    /// Time has come: the mark record of rule R1, and a checkpoint when one is due.
+    /// Time has come: the mark record of rule R1, a checkpoint and a step of scrub when one is due.
     pub fn tick(&mut self, now: Instant) {
         self.now = self.now.max(now);
         self.look_at_clock();
@@ -187,6 +220,12 @@ impl Store {
         if self.changed_since.is_some_and(|since| now >= since + self.checkpoint_delay()) {
             self.checkpoint_wanted = true;
         }
+        self.tick_scrub(now);
+    }
+
+    /// The newest time that was told.
+    pub(crate) fn time(&self) -> Instant {
+        self.now
     }
 
     fn checkpoint_delay(&self) -> Duration {
@@ -208,9 +247,11 @@ impl Store {
             .filter(|_| !self.checkpoint_wanted)
             .map(|since| since + self.checkpoint_delay());
         // Buffers may be what a queue waits for, and they come back without a word.
-        let stuck = (!self.log.is_idle() || self.checkpoint.is_some()) && self.ops.is_empty();
+        let waiting = !self.log.is_idle() || self.checkpoint.is_some() || !self.rereads.is_empty();
+        let stuck = waiting && self.ops.is_empty();
         let retry = stuck.then(|| self.now + Duration::from_millis(1));
-        mark.into_iter().chain(checkpoint).chain(retry).min()
+        let scrub = self.scrub_deadline();
+        mark.into_iter().chain(checkpoint).chain(retry).chain(scrub).min()
     }
 
     fn look_at_clock(&mut self) {
@@ -240,6 +281,7 @@ impl Store {
         if self.failed.is_none() {
             self.pump_checkpoint();
             self.pump_log();
+            self.pump_rereads();
             self.look_at_clock();
         }
         ops.append(&mut self.ops_out);

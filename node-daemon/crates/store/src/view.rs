@@ -26,6 +26,10 @@ impl Frozen {
         self.snapshots.iter().map(|snapshot| &snapshot.map).chain([&self.head])
     }
 
+    pub(crate) fn maps_mut(&mut self) -> impl Iterator<Item = &mut Map> {
+        self.snapshots.iter_mut().map(|snapshot| &mut snapshot.map).chain([&mut self.head])
+    }
+
     /// Map and size of a part: the snapshots, oldest first, then the volume.
     pub(crate) fn part(&self, part: usize) -> Option<(&Map, u64)> {
         match self.snapshots.get(part) {

@@ -166,6 +166,7 @@ pub fn refusal(error: &ControlError) -> Status {
             StorageError::Exists(_) => Code::AlreadyExists,
             StorageError::NoSpace { .. } => Code::ResourceExhausted,
             StorageError::Busy | StorageError::Device(_) => Code::Unavailable,
+            StorageError::OtherVersion(_) => Code::FailedPrecondition,
             StorageError::Checksum { .. } => Code::DataLoss,
         },
     };

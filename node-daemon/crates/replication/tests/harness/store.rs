@@ -1,14 +1,14 @@
 //! A store in memory: what was appended is durable only when the test flushes it, and a power loss
 //! keeps a prefix of what was on its way.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, SnapshotState, Storage, StorageEvent};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, Config, Copies, Entry, EntryHeader, EntryKind, Lsn, Piece, Place,
-    Promise, ReplicaId, ReplicaState, SnapshotId, StampRun, StorageError, Token, View, ViewId,
-    VolumeId,
+    BLOCK_BYTES, BlockRange, BlockVersion, Config, Copies, Entry, EntryHeader, EntryKind, Lsn,
+    Piece, Place, Promise, Repairs, ReplicaId, ReplicaState, SnapshotId, StampRun, StorageError,
+    Token, View, ViewId, VolumeId,
 };
 
 /// What is on its way to the device.
@@ -63,6 +63,8 @@ pub struct MemStore {
     pub log_reads: usize,
     views: BTreeMap<ViewId, Content>,
     next_view: u64,
+    /// Versions whose bytes are not what was written (C4).
+    bad: BTreeSet<BlockVersion>,
 }
 
 fn place_of(log: &[Entry]) -> Place {
@@ -152,6 +154,35 @@ impl MemStore {
     /// The disk is replaced.
     pub fn wipe(&mut self) {
         *self = Self::default();
+    }
+
+    /// A block goes bad as it is now; its version.
+    pub fn go_bad(&mut self, volume: VolumeId, block: u64) -> BlockVersion {
+        let stamp = self.replicas[&volume].now.stamps[&block];
+        let version = BlockVersion { snapshot: None, block, stamp };
+        self.bad.insert(version);
+        version
+    }
+
+    /// Whether any block is bad.
+    pub fn has_bad(&self) -> bool {
+        !self.bad.is_empty()
+    }
+
+    /// The bad blocks of a range, told.
+    fn tell_bad(&mut self, volume: VolumeId, range: BlockRange) -> Option<StorageError> {
+        let stamps = &self.replicas[&volume].now.stamps;
+        let version = |block| {
+            let stamp = stamps.get(&block).copied().unwrap_or(Place::EMPTY);
+            BlockVersion { snapshot: None, block, stamp }
+        };
+        let all = (range.start..range.end()).map(version);
+        let bad: Vec<BlockVersion> = all.filter(|version| self.bad.contains(version)).collect();
+        for version in &bad {
+            self.events.push_back(StorageEvent::Bad { volume, version: *version });
+        }
+        let first = bad.first()?;
+        Some(StorageError::Checksum { volume, block: first.block })
     }
 
     /// Marks a replica as damaged, durably and at once.
@@ -382,6 +413,36 @@ impl Copies for MemStore {
     }
 }
 
+impl Repairs for MemStore {
+    fn read_version(&mut self, volume: VolumeId, version: BlockVersion, token: Token) {
+        let now = &self.replicas[&volume].now;
+        let same = now.stamps.get(&version.block) == Some(&version.stamp);
+        let found = now.blocks.get(&version.block).filter(|_| same && version.snapshot.is_none());
+        let result = match found.cloned() {
+            None => Err(StorageError::OtherVersion(volume)),
+            Some(data) => {
+                let bad = self.tell_bad(volume, BlockRange { start: version.block, count: 1 });
+                bad.map_or(Ok(vec![data]), Err)
+            }
+        };
+        self.events.push_back(StorageEvent::Read { token, result });
+    }
+
+    fn repair(&mut self, volume: VolumeId, version: BlockVersion, data: Bytes, token: Token) {
+        let now = &self.replicas[&volume].now;
+        let same = now.stamps.get(&version.block) == Some(&version.stamp);
+        let result = if !same {
+            Err(StorageError::OtherVersion(volume))
+        } else if now.blocks.get(&version.block) == Some(&data) {
+            self.bad.remove(&version);
+            Ok(())
+        } else {
+            Err(StorageError::Checksum { volume, block: version.block })
+        };
+        self.events.push_back(StorageEvent::Done { token, result });
+    }
+}
+
 impl Storage for MemStore {
     fn replicas(&self) -> Vec<ReplicaState> {
         self.replicas.values().map(|replica| replica.state.clone()).collect()
@@ -482,7 +543,8 @@ impl Storage for MemStore {
         let zero = || Bytes::from(vec![0; BLOCK_BYTES]);
         let blocks = &self.replicas[&volume].now.blocks;
         let data = (range.start..range.end()).map(|b| blocks.get(&b).cloned().unwrap_or_else(zero));
-        let result = Ok(data.collect());
+        let data = data.collect();
+        let result = self.tell_bad(volume, range).map_or(Ok(data), Err);
         self.events.push_back(StorageEvent::Read { token, result });
     }
 

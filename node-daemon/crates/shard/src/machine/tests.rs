@@ -5,12 +5,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, ReplicaState, SnapshotState, StorageError};
 use tercet_proto::{
-    BlockRange, Config, Copies, Entry, EntryHeader, Lsn, Piece, Place, Promise, ReplicaId,
-    StampRun, Token, View, ViewId, VolumeId,
+    BlockRange, BlockVersion, Config, Copies, Entry, EntryHeader, Lsn, Piece, Place, Promise,
+    Repairs, ReplicaId, StampRun, Token, View, ViewId, VolumeId,
 };
 
 use super::*;
-use crate::Usage;
+use crate::{ScrubStatus, Usage};
 
 const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
 
@@ -41,6 +41,11 @@ impl Copies for FakeStore {
     fn copy_snapshot(&mut self, _: VolumeId, _: SnapshotState) {}
     fn copy_settle(&mut self, _: VolumeId, _: Token) {}
     fn copy_finish(&mut self, _: VolumeId, _: Place, _: Token) {}
+}
+
+impl Repairs for FakeStore {
+    fn read_version(&mut self, _: VolumeId, _: BlockVersion, _: Token) {}
+    fn repair(&mut self, _: VolumeId, _: BlockVersion, _: Bytes, _: Token) {}
 }
 
 impl Storage for FakeStore {
@@ -97,6 +102,12 @@ impl Backend for FakeStore {
     }
     fn usage(&self) -> Usage {
         Usage::default()
+    }
+    fn scrub_status(&self) -> ScrubStatus {
+        ScrubStatus::default()
+    }
+    fn place_of(&self, _: VolumeId, _: u64) -> Option<u64> {
+        None
     }
     fn allocated_bytes(&self, _: VolumeId) -> Option<u64> {
         None

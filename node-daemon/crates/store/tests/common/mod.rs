@@ -14,9 +14,9 @@ use rand::{Rng, SeedableRng};
 use tercet_proto::disk::{StoreId, crc32c};
 use tercet_proto::storage::{Incomplete, Source, Storage, StorageError, StorageEvent};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, Config, ConfigState, Entry, EntryHeader, EntryKind, Epoch, InstanceId,
-    Instant, Lsn, Member, NewReplica, NodeName, Place, Primary, Promise, ReplicaId, Token,
-    VolumeId,
+    BLOCK_BYTES, BlockRange, BlockVersion, Config, ConfigState, Entry, EntryHeader, EntryKind,
+    Epoch, InstanceId, Instant, Lsn, Member, NewReplica, NodeName, Place, Primary, Promise,
+    ReplicaId, Token, VolumeId,
 };
 use tercet_store::arena::Arena;
 use tercet_store::disk::Disk;
@@ -92,6 +92,8 @@ pub struct World {
     /// What was answered, for who looks at it himself.
     pub dones: BTreeMap<Token, Result<(), StorageError>>,
     pub other_reads: BTreeMap<Token, Result<Vec<Bytes>, StorageError>>,
+    /// Blocks that were said to be bad.
+    pub bad: Vec<(VolumeId, BlockVersion)>,
     pub deleted: BTreeSet<VolumeId>,
     pub next: u64,
     pub now: Instant,
@@ -136,6 +138,7 @@ impl World {
             log_reads: BTreeMap::new(),
             dones: BTreeMap::new(),
             other_reads: BTreeMap::new(),
+            bad: Vec::new(),
             deleted: BTreeSet::new(),
             next: 1,
             now: Instant(1),
@@ -247,6 +250,7 @@ impl World {
             log_reads: BTreeMap::new(),
             dones: BTreeMap::new(),
             other_reads: BTreeMap::new(),
+            bad: Vec::new(),
             deleted: self.deleted.clone(),
             next: self.next,
             now: self.now,
@@ -294,6 +298,7 @@ impl World {
                     self.log_done(volume, from, &entries);
                 }
             }
+            StorageEvent::Bad { volume, version } => self.bad.push((volume, version)),
             StorageEvent::Filled { volume } => self.filled(volume),
             StorageEvent::Failed(_) => self.failed = true,
         }
@@ -738,7 +743,7 @@ thread_local! {
 
 /// The rule to break: this thread's, or the environment's (then these tests must fail).
 #[cfg(feature = "canary")]
-fn canary() -> Option<tercet_store::Canary> {
+pub fn canary() -> Option<tercet_store::Canary> {
     use tercet_store::Canary;
     if let Some(canary) = CANARY.get() {
         return Some(canary);
@@ -751,6 +756,7 @@ fn canary() -> Option<tercet_store::Canary> {
         "cut-early" => Canary::CutEarly,
         "forget-drop" => Canary::ForgetDrop,
         "ignore-checksums" => Canary::IgnoreChecksums,
+        "repair-other-version" => Canary::RepairOtherVersion,
         "finish-unsettled" => Canary::FinishUnsettled,
         "no-hole-stamps" => Canary::NoHoleStamps,
         other => panic!("no canary {other}"),
