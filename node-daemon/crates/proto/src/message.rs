@@ -10,6 +10,7 @@
 
 mod codec;
 mod copy;
+mod repair;
 mod wire;
 
 pub use codec::{
@@ -18,6 +19,7 @@ pub use codec::{
 };
 
 pub use copy::CopyMessage;
+pub use repair::{Declined, RepairMessage};
 
 use crate::config::Config;
 use crate::entry::{Entry, Place};
@@ -25,7 +27,7 @@ use crate::ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, VolumeId};
 use crate::storage::Incomplete;
 
 /// The version of the protocol that this crate speaks, and the oldest one that it still does.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// The oldest version of the protocol that this crate still speaks.
 pub const VERSION_MIN: u16 = 1;
 /// Most entries in one message.
@@ -88,6 +90,7 @@ impl Message {
     pub fn version(&self) -> u16 {
         match self {
             Self::Replica(_, ReplicaMessage::Copy(_)) => 2,
+            Self::Replica(_, ReplicaMessage::Repair(_)) => 3,
             _ => 1,
         }
     }
@@ -195,6 +198,8 @@ pub enum ReplicaMessage {
     Stand,
     /// Of a copy (C2).
     Copy(CopyMessage),
+    /// Of a repair (C4).
+    Repair(RepairMessage),
 }
 
 /// What a replica says of its log (T2, T4).

@@ -4,14 +4,14 @@
 use bytes::Bytes;
 use proptest::prelude::*;
 use tercet_proto::message::{
-    CopyMessage, Decoder, Envelope, Frame, HEADER_BYTES, Hello, Message, PairEnvelope, PairMessage,
-    ReplicaMessage, Tail, WireError, crc32c, encode, encode_hello,
+    CopyMessage, Declined, Decoder, Envelope, Frame, HEADER_BYTES, Hello, Message, PairEnvelope,
+    PairMessage, RepairMessage, ReplicaMessage, Tail, WireError, crc32c, encode, encode_hello,
 };
 use tercet_proto::storage::Incomplete;
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, Config, ConfigState, Entry, EntryHeader, EntryKind, Epoch, InstanceId,
-    Lsn, Member, NodeName, Place, Primary, ReplicaId, SnapshotId, SnapshotState, StampRun, View,
-    ViewId, VolumeId,
+    BLOCK_BYTES, BlockRange, BlockVersion, Config, ConfigState, Entry, EntryHeader, EntryKind,
+    Epoch, InstanceId, Lsn, Member, NodeName, Place, Primary, ReplicaId, SnapshotId, SnapshotState,
+    StampRun, View, ViewId, VolumeId,
 };
 
 fn place(epoch: u64, lsn: u64) -> Place {
@@ -101,8 +101,26 @@ fn copies() -> Vec<Message> {
     copies.into_iter().map(message).collect()
 }
 
+/// What version 3 has besides (C4).
+fn repairs() -> Vec<Message> {
+    use RepairMessage as R;
+    let version = BlockVersion { snapshot: None, block: 77, stamp: place(3, 12) };
+    let snapshot = Some(SnapshotId::from_bytes([8; 16]));
+    let of_snapshot = BlockVersion { snapshot, ..version };
+    let payload = Bytes::from(vec![0x5a; BLOCK_BYTES]);
+    let repairs = [
+        R::Ask { version },
+        R::Ask { version: of_snapshot },
+        R::Block { version: of_snapshot, payload },
+        R::Declined { version, why: Declined::OtherVersion },
+        R::Declined { version, why: Declined::Busy },
+    ];
+    let message = |repair| Message::Replica(envelope(), ReplicaMessage::Repair(repair));
+    repairs.into_iter().map(message).collect()
+}
+
 fn messages() -> Vec<Message> {
-    messages_of_version_1().into_iter().chain(copies()).collect()
+    messages_of_version_1().into_iter().chain(copies()).chain(repairs()).collect()
 }
 
 fn messages_of_version_1() -> Vec<Message> {
@@ -265,6 +283,24 @@ fn golden_bytes_of_copies() {
     assert!(messages_of_version_1().iter().all(|message| message.version() == 1));
 }
 
+/// The messages of version 3, and who is sent them.
+#[test]
+fn golden_bytes_of_repairs() {
+    let ask = hex(&bytes_of(&repairs()[1]));
+    assert_eq!(&ask[..32], "54524550030015007100000000000000");
+    let fields = format!("01{}4d00000000000000{}{}", "08".repeat(16), LSN_3, LSN_12);
+    assert_eq!(ask[ask.len() - fields.len()..], *fields);
+    let all: Vec<u8> = repairs().iter().flat_map(bytes_of).collect();
+    assert_eq!(format!("{:08x}", crc32c(&all)), GOLDEN_REPAIRS, "CRC32C of all of them");
+    assert!(repairs().iter().all(|message| message.version() == 3));
+    let mut block = bytes_of(&repairs()[2]);
+    *block.last_mut().expect("a payload") ^= 1;
+    assert_eq!(decode(block), Err(WireError::BlocksChecksum));
+}
+
+const LSN_3: &str = "0300000000000000";
+const LSN_12: &str = "0c00000000000000";
+
 /// Whoever answers with more than was asked, or can be asked, is not believed.
 #[test]
 fn copies_are_bounded() {
@@ -297,6 +333,7 @@ const GOLDEN_HELLO: &str = concat!(
 );
 const GOLDEN_ALL: &str = "b493710d";
 const GOLDEN_COPIES: &str = "0598bc12";
+const GOLDEN_REPAIRS: &str = "4c4ee560";
 
 #[test]
 fn lengths_are_refused_before_anything_is_kept() {
@@ -356,7 +393,7 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_bit_is_noticed(which in 0_usize..25, at in any::<prop::sample::Index>(), bit in 0_u8..8) {
+    fn a_flipped_bit_is_noticed(which in 0_usize..30, at in any::<prop::sample::Index>(), bit in 0_u8..8) {
         let message = messages().swap_remove(which);
         let mut frame = bytes_of(&message);
         let at = at.index(frame.len());
@@ -365,7 +402,7 @@ proptest! {
     }
 
     #[test]
-    fn a_cut_frame_waits_for_the_rest(which in 0_usize..25, at in any::<prop::sample::Index>()) {
+    fn a_cut_frame_waits_for_the_rest(which in 0_usize..30, at in any::<prop::sample::Index>()) {
         let frame = bytes_of(&messages()[which]);
         let at = at.index(frame.len());
         prop_assert_eq!(decode(frame[..at].to_vec()), Ok(None));

@@ -8,8 +8,8 @@
 use bytes::Bytes;
 use tercet_proto::message::Message;
 use tercet_proto::{
-    BlockRange, Config, Epoch, InstanceId, Lsn, NewReplica, NodeName, Place, ReplicaId, SnapshotId,
-    StorageError, StorageEvent, Token, VolumeId,
+    BlockRange, BlockVersion, Config, Epoch, InstanceId, Lsn, NewReplica, NodeName, Place,
+    ReplicaId, SnapshotId, StorageError, StorageEvent, Token, VolumeId,
 };
 
 /// The shard of an engine at the other end of a link. A pair of rule L3 is two of these with
@@ -302,6 +302,12 @@ pub enum Notice {
     Filled,
     /// This replica has been copied from the primary's: it is complete again (rule C2).
     Copied,
+    /// A block here does not have its checksum, or cannot be read (rule C4).
+    BadBlock(BlockVersion),
+    /// It is repaired from another member's version.
+    Repaired(BlockVersion),
+    /// No member could give it for now: it is asked for again, and reads of it fail meanwhile.
+    NotRepaired(BlockVersion),
 }
 
 /// What a member looks like from the primary, for `status.replicas` and metrics.
@@ -340,6 +346,8 @@ pub struct ReplicaStatus {
     pub applied: Place,
     /// Not fit to stand.
     pub incomplete: bool,
+    /// Blocks that are known to be bad here and not repaired yet (rule C4).
+    pub bad_blocks: u64,
     /// At the serving primary: all members.
     pub members: Vec<MemberStatus>,
 }

@@ -357,7 +357,14 @@ impl Replica {
         let Some((feed, members)) = split(self) else { return };
         let Some(member) = members.iter_mut().find(|m| m.replica == to) else { return };
         member.reading = false;
-        let Ok(entries) = result else { return }; // cut meanwhile, or failed: the next beat
+        let entries = match result {
+            Ok(entries) => entries,
+            Err(StorageError::Checksum { .. }) => {
+                member.beyond = true; // the log is as good as cut there: a copy helps (C2, C4)
+                return;
+            }
+            Err(_) => return, // cut meanwhile, or failed: the next beat
+        };
         let follows = entries.first().is_some_and(|e| e.header.place.lsn == member.sent.next());
         if !follows || member.probing.is_some() || member.has_probe_to_send() {
             return;
@@ -416,6 +423,7 @@ impl Replica {
 
     /// A link is up: what was sent may be lost.
     pub fn on_peer_up(&mut self, node: &NodeName, cx: &mut Cx<'_>) {
+        self.repairs_peer_up(node, cx);
         match &mut self.role {
             Role::Primary(_) => {
                 let Some((feed, members)) = split(self) else { return };

@@ -162,7 +162,14 @@ impl Replica {
         cx: &mut Cx<'_>,
     ) {
         let CopyRead { epoch, peer, to, view, part, ranges, .. } = read;
-        let (true, Ok(mut pieces)) = (self.leading_epoch() == Some(epoch), result) else { return };
+        if self.leading_epoch() != Some(epoch) {
+            return;
+        }
+        let mut pieces = match result {
+            Ok(pieces) => pieces,
+            Err(StorageError::Checksum { .. }) => return self.give_up_view(to, view, cx),
+            Err(_) => return,
+        };
         let payload = if pieces.len() == 1 {
             pieces.remove(0)
         } else {
@@ -172,6 +179,16 @@ impl Replica {
         };
         let blocks = CopyMessage::Blocks { view, part, ranges, payload };
         cx.answer(peer, to, self.sender(epoch), ReplicaMessage::Copy(blocks));
+    }
+
+    /// A block of a view is bad. It is repaired in every view too (C4), but for one that only the
+    /// view has by now: a fresh one is offered, which has what came after it.
+    fn give_up_view(&mut self, to: ReplicaId, view: ViewId, cx: &mut Cx<'_>) {
+        let Role::Primary(primary) = &mut self.role else { return };
+        if primary.copies.get(&to).is_some_and(|source| source.view.id == view) {
+            primary.copies.remove(&to);
+            cx.storage.thaw(view);
+        }
     }
 
     /// All of a view has arrived: it is good if the log goes on from there (C1).

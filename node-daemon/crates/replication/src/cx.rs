@@ -10,6 +10,7 @@ use crate::api::{AssociationId, HostCommand, Output, PeerId};
 use crate::copy_source::CopyRead;
 use crate::lease::Pairs;
 use crate::options::Options;
+use crate::repair::VersionRead;
 
 /// Borrowed for one step.
 pub(crate) struct Cx<'a> {
@@ -65,6 +66,10 @@ pub(crate) enum Purpose {
     CopyRead(CopyRead),
     /// A step of a copy here (C2).
     Copy(VolumeId),
+    /// `read_version` for a member whose block is bad (C4).
+    VersionRead(VersionRead),
+    /// `repair` of a bad block here (C4).
+    Repair(VolumeId),
     /// `chunk_sums` for a control request.
     Sums(Token, Place),
     /// A compare-and-swap.
@@ -78,6 +83,8 @@ pub(crate) struct HostRead {
     pub association: AssociationId,
     pub token: Token,
     pub command: HostCommand,
+    /// How often it has met a bad block (C4).
+    pub met_bad: u8,
 }
 
 /// Whom to send the entries.

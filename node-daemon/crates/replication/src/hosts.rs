@@ -19,6 +19,7 @@ use crate::api::{
 use crate::cx::{Cx, HostRead, Purpose};
 use crate::options::canary;
 use crate::primary::Origin;
+use crate::repair::READS_MAX;
 use crate::replica::{Replica, Role};
 
 /// An association of a host at this path.
@@ -43,6 +44,8 @@ struct Held {
     association: AssociationId,
     token: Token,
     command: HostCommand,
+    /// How often it has met a bad block (C4).
+    met_bad: u8,
 }
 
 /// The hosts of one volume at this path.
@@ -196,14 +199,14 @@ impl Replica {
         command: HostCommand,
         cx: &mut Cx<'_>,
     ) {
-        match self.run(association, token, command, cx) {
+        match self.run((association, token, 0), command, cx) {
             Ran::Done => {}
             Ran::Hold(_) if self.hosts.held.len() >= cx.options.limits.held_commands => {
                 let full = Err(HostError::Inaccessible);
                 cx.out.push(Output::HostDone(association, token, full));
             }
             Ran::Hold(command) => {
-                self.hosts.held.push_back(Held { association, token, command });
+                self.hosts.held.push_back(Held { association, token, command, met_bad: 0 });
             }
         }
     }
@@ -214,17 +217,16 @@ impl Replica {
             return;
         }
         for held in std::mem::take(&mut self.hosts.held) {
-            let Held { association, token, command } = held;
-            if let Ran::Hold(command) = self.run(association, token, command, cx) {
-                self.hosts.held.push_back(Held { association, token, command });
+            let Held { association, token, command, met_bad } = held;
+            if let Ran::Hold(command) = self.run((association, token, met_bad), command, cx) {
+                self.hosts.held.push_back(Held { association, token, command, met_bad });
             }
         }
     }
 
     fn run(
         &mut self,
-        id: AssociationId,
-        token: Token,
+        (id, token, met_bad): (AssociationId, Token, u8),
         command: HostCommand,
         cx: &mut Cx<'_>,
     ) -> Ran {
@@ -252,12 +254,17 @@ impl Replica {
                 cx.out.push(Output::HostDone(id, token, Ok(HostDone::Ok)));
                 Ran::Done
             }
-            HostCommand::Read(range) => self.start_read(id, token, range, command, cx),
+            HostCommand::Read(range) | HostCommand::Compare(range, _)
+                if self.repairs.under_way(range) =>
+            {
+                Ran::Hold(command) // C4
+            }
+            HostCommand::Read(range) => self.start_read((id, token, met_bad), range, command, cx),
             HostCommand::Compare(range, _) => {
                 if primary.overlap(range).is_some() {
                     return Ran::Hold(command); // L1: waits for overlapping earlier entries
                 }
-                self.start_read(id, token, range, command, cx)
+                self.start_read((id, token, met_bad), range, command, cx)
             }
             HostCommand::Write(..) | HostCommand::Zero(..) => self.change(id, token, command, cx),
         }
@@ -265,8 +272,7 @@ impl Replica {
 
     fn start_read(
         &mut self,
-        association: AssociationId,
-        token: Token,
+        (association, token, met_bad): (AssociationId, Token, u8),
         range: BlockRange,
         command: HostCommand,
         cx: &mut Cx<'_>,
@@ -278,7 +284,7 @@ impl Replica {
         let Role::Primary(primary) = &mut self.role else { unreachable!("serving") };
         primary.reads += 1;
         let epoch = primary.epoch();
-        let read = HostRead { epoch, association, token, command };
+        let read = HostRead { epoch, association, token, command, met_bad };
         let own = cx.tokens.issue(Purpose::HostRead(self.volume, read));
         cx.storage.read(self.volume, range, own);
         Ran::Done
@@ -296,14 +302,18 @@ impl Replica {
             return; // its association has ended with that epoch (H4)
         }
         primary.reads -= 1;
-        let HostRead { association, token, command, .. } = read;
+        let HostRead { association, token, command, met_bad, .. } = read;
         if !self.hosts.has(association) {
             self.leave(cx);
             return;
         }
         if !self.has_lease(cx) {
             self.check_lease(cx);
-            self.hosts.held.push_back(Held { association, token, command });
+            self.hosts.held.push_back(Held { association, token, command, met_bad });
+            return;
+        }
+        if matches!(result, Err(StorageError::Checksum { .. })) {
+            self.met_bad_block(Held { association, token, command, met_bad }, cx);
             return;
         }
         let done = match result {
@@ -311,10 +321,25 @@ impl Replica {
                 HostCommand::Compare(range, expected) => Ok(compare(*range, expected, &data)),
                 _ => Ok(HostDone::Data(data)),
             },
-            Err(StorageError::Checksum { .. }) => Err(HostError::Media),
             Err(_) => Err(HostError::Inaccessible),
         };
         cx.out.push(Output::HostDone(association, token, done));
+        self.leave(cx);
+    }
+
+    /// C4: it runs anew when the block is repaired, or fails where nobody has it.
+    fn met_bad_block(&mut self, read: Held, cx: &mut Cx<'_>) {
+        let (HostCommand::Read(range) | HostCommand::Compare(range, _)) = read.command else {
+            unreachable!("who reads")
+        };
+        let again = read.met_bad < READS_MAX && self.repairs.under_way(range);
+        if again && self.hosts.held.len() < cx.options.limits.held_commands {
+            self.hosts.held.push_back(Held { met_bad: read.met_bad + 1, ..read });
+        } else {
+            let media = Err(HostError::Media);
+            cx.out.push(Output::HostDone(read.association, read.token, media));
+        }
+        self.retry_held(cx); // it may be repaired already, or leaving has begun
         self.leave(cx);
     }
 

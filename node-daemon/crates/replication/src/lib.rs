@@ -13,6 +13,7 @@
 //! | `primary` | W1, W4, T6, T7, T8 |
 //! | `catchup` | W7, C1, the primary's side of W2 and W3 |
 //! | `copy_source`, `copy_target` | C2, C3 |
+//! | `repair` | C4 |
 //! | `secondary` | W2, W3, W5 |
 //! | `log` | places: matching (W2), never below `applied` |
 //! | `takeover` | T2, T3 |
@@ -39,6 +40,7 @@ pub mod model;
 mod node;
 pub mod options;
 mod primary;
+mod repair;
 mod replica;
 mod seal;
 mod secondary;

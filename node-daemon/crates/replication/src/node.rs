@@ -272,7 +272,9 @@ impl Node {
                 });
             }
             StorageEvent::Done { token, result } => self.done(token, result, now, storage, out),
-            StorageEvent::Bad { .. } => {} // not repaired yet (C4)
+            StorageEvent::Bad { volume, version } => {
+                self.with(volume, now, storage, out, |r, cx| r.on_bad_block(version, cx));
+            }
             StorageEvent::Filled { volume } => {
                 self.with(volume, now, storage, out, Replica::on_filled);
             }
@@ -283,6 +285,12 @@ impl Node {
                 Some(Purpose::CopyRead(read)) => {
                     let volume = read.volume;
                     self.with(volume, now, storage, out, |r, cx| r.on_copy_read(read, result, cx));
+                }
+                Some(Purpose::VersionRead(read)) => {
+                    let volume = read.volume;
+                    self.with(volume, now, storage, out, |r, cx| {
+                        r.on_version_read(read, result, cx);
+                    });
                 }
                 Some(Purpose::Sums(control, place)) => {
                     let sums = result.map(|rows| ControlDone::ChunkSums(place, rows));
@@ -328,6 +336,9 @@ impl Node {
             }
             Some(Purpose::Copy(volume)) => {
                 self.with(volume, now, storage, out, |r, cx| r.on_copy_done(token, &result, cx));
+            }
+            Some(Purpose::Repair(volume)) => {
+                self.with(volume, now, storage, out, |r, cx| r.on_repair_done(token, &result, cx));
             }
             Some(Purpose::Create(control, new)) => {
                 self.created((control, new), result, now, storage, out);
@@ -506,6 +517,7 @@ fn status_of(replica: &Replica) -> ReplicaStatus {
         committed: replica.log.heard.lsn,
         applied: replica.log.applied,
         incomplete: replica.log.incomplete.is_some(),
+        bad_blocks: replica.repairs.count(),
         members: replica.member_statuses(),
     }
 }
@@ -559,6 +571,7 @@ impl Replica {
             }
             ReplicaMessage::GiveBack => self.on_give_back(envelope.epoch, envelope.instance, cx),
             ReplicaMessage::Stand => self.on_stand(envelope, cx),
+            ReplicaMessage::Repair(message) => self.on_repair_message(peer, envelope, message, cx),
             ReplicaMessage::Copy(message) if message.is_question() => {
                 self.on_copy_question(peer, envelope, message, cx);
             }

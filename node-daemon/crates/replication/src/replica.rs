@@ -20,6 +20,7 @@ use crate::hosts::Hosts;
 use crate::log::Log;
 use crate::options::canary;
 use crate::primary::Primary;
+use crate::repair::Repairs;
 use crate::seal::{GrantsOut, Sealing};
 use crate::takeover::Watch;
 
@@ -78,6 +79,8 @@ pub(crate) struct Replica {
     pub handed_over: Vec<HandedOver>,
     /// What is copied to this replica (C2).
     pub incoming: Incoming,
+    /// Blocks that are bad here (C4).
+    pub repairs: Repairs,
     /// When it wants a tick, if earlier than the next beat.
     pub deadline: Option<Instant>,
     ana: Ana,
@@ -106,6 +109,7 @@ impl Replica {
             reading: None,
             handed_over: Vec::new(),
             incoming: Incoming::default(),
+            repairs: Repairs::default(),
             deadline: None,
             ana: Ana::Inaccessible,
         }
@@ -336,6 +340,7 @@ impl Replica {
             Role::Primary(_) => self.tick_primary(cx),
         }
         self.tick_handed_over(cx);
+        self.tick_repairs(cx);
     }
 
     /// A hand-over is answered when the new primary serves, or when it takes too long.

@@ -188,7 +188,7 @@ impl Replica {
     }
 
     /// W5: the least of announced commit, matched in this epoch, durable here.
-    fn apply_committed(&mut self, cx: &mut Cx<'_>) {
+    pub fn apply_committed(&mut self, cx: &mut Cx<'_>) {
         let Role::Follower { matched } = self.role else { return };
         if self.sealing.is_some() || self.log.incomplete.is_some() {
             return;

@@ -88,6 +88,7 @@ impl World {
                     ReplicaMessage::GiveBack => "L5",
                     ReplicaMessage::Stand => "T10",
                     ReplicaMessage::Copy(_) => "C2",
+                    ReplicaMessage::Repair(_) => "C4",
                 };
                 self.tell(|world| {
                     let (from, to) = (&world.nodes[node].name, &world.nodes[to].name);

@@ -58,10 +58,17 @@ fn devices(directory: &Directory, reactors: &[ReactorStatus]) -> Vec<pb::DeviceS
         let failed = shards.iter().find_map(|shard| shard.failed.as_deref());
         let message = failed.map_or(device.message, ToOwned::to_owned);
         let ready = message.is_empty() && shards.len() == usize::from(per_device);
+        let bad_blocks = shards.iter().map(|shard| shard.scrub.bad_blocks_now).sum();
+        let message = match (ready, message.is_empty()) {
+            (true, _) if bad_blocks > 0 => format!("{bad_blocks} bad blocks are not repaired yet"),
+            (false, true) => OPENING.to_owned(),
+            _ => message,
+        };
         devices.push(pb::DeviceStatus {
             id: device.id,
             state: if ready { "Ready" } else { "Failed" }.to_owned(),
-            message: if ready || !message.is_empty() { message } else { OPENING.to_owned() },
+            message,
+            bad_blocks,
             capacity_bytes: shards.iter().map(|shard| shard.usage.capacity_bytes).sum(),
             allocated_bytes: shards.iter().map(|shard| shard.usage.allocated_bytes).sum(),
             reserved_bytes: 0,
@@ -89,6 +96,7 @@ fn replica(report: &ReplicaReport) -> pb::ReplicaStatus {
         committed_lsn: status.committed.0,
         applied_lsn: status.applied.lsn.0,
         incomplete: status.incomplete,
+        bad_blocks: status.bad_blocks,
         size_bytes: report.size_blocks * BLOCK_BYTES as u64,
         allocated_bytes: report.allocated_bytes,
         members: status.members.iter().map(member).collect(),

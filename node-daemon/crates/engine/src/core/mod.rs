@@ -223,12 +223,26 @@ impl Core {
         }
     }
 
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let others = self.hosts.counters().into_iter().chain(self.links.counters());
+        let scrubs = self.slots.iter().map(|slot| slot.report().scrub);
+        let scrubs = scrubs.flat_map(|scrub| {
+            [
+                ("scrub_blocks_total", scrub.checked_blocks),
+                ("scrub_passes_total", scrub.passes),
+                ("bad_blocks_total", scrub.bad_blocks),
+                ("repaired_blocks_total", scrub.repaired_blocks),
+            ]
+        });
+        others.chain(scrubs).collect()
+    }
+
     fn status(&self) -> ReactorStatus {
         ReactorStatus {
             shards: self.slots.iter().map(Slot::report).collect(),
             replicas: self.replica_reports(),
             links: self.links.up(),
-            counters: self.hosts.counters().into_iter().chain(self.links.counters()).collect(),
+            counters: self.counters(),
         }
     }
 }

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::process::exit;
 
 use tercet_proto::disk::StoreId;
-use tercet_proto::{Token, VolumeId};
+use tercet_proto::{BlockVersion, Token, VolumeId};
 use tercet_reactor::{DiskId, FileDisk, now};
 use tercet_replication::api::{
     Control, ControlDone, ControlError, Input, Notice as ShardNotice, Output, VolumeView,
 };
-use tercet_shard::{Effect, Event, FormatOptions, Identity, OpenError, Options, Shard};
+use tercet_shard::{Effect, Event, FormatOptions, Identity, OpenError, Options, ScrubPace, Shard};
 use tercet_store::arena::Arena;
 use tercet_store::disk::{Disk, DiskDone, DiskOp, DiskToken};
 use tracing::{error, info, warn};
@@ -58,6 +58,7 @@ impl Slot {
         ShardReport {
             shard: self.shard,
             usage: self.inner.as_ref().map(Shard::usage).unwrap_or_default(),
+            scrub: self.inner.as_ref().map(Shard::scrub_status).unwrap_or_default(),
             failed: self.failed.clone(),
         }
     }
@@ -118,6 +119,7 @@ impl Core {
         let expect = (plan.cluster, identity.node.clone(), identity.shard);
         let mut store = tercet_store::Options::new(self.arena.clone());
         store.expect = Some(expect);
+        store.scrub = Some(ScrubPace::default());
         let options = Options::new(store);
         if blank(&mut file, &self.arena)? {
             info!(shard = identity.shard, "a fresh device: it is formatted");
@@ -305,6 +307,20 @@ impl Core {
             ShardNotice::Copied => {
                 ("Copied", format!("the replica on {node} is complete again"), false)
             }
+            ShardNotice::BadBlock(version) => {
+                let message = format!("the replica on {node} has a bad {}", name_of(version));
+                return warn!(%volume, "{message}: it is asked for elsewhere (C4)");
+            }
+            ShardNotice::Repaired(version) => {
+                let what = name_of(version);
+                ("BlockRepaired", format!("the replica on {node} had a bad {what}"), false)
+            }
+            ShardNotice::NotRepaired(version) => {
+                let what = name_of(version);
+                let message =
+                    format!("the replica on {node} has a bad {what}, and no other has it");
+                ("BadBlock", message, true)
+            }
         };
         info!(%volume, reason, "{message}");
         self.outbox.notice(Notice { volume: Some(volume), reason, message, warning });
@@ -343,6 +359,13 @@ impl Core {
             }
         }
         reports
+    }
+}
+
+fn name_of(version: &BlockVersion) -> String {
+    match version.snapshot {
+        None => format!("block {}", version.block),
+        Some(snapshot) => format!("block {} of snapshot {snapshot}", version.block),
     }
 }
 

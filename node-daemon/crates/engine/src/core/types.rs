@@ -8,7 +8,7 @@ use tercet_proto::message::{Decoder, Hello};
 use tercet_proto::{InstanceId, Instant, SnapshotState};
 use tercet_reactor::Device;
 use tercet_replication::api::{Control, ControlDone, ControlError, Input, PeerId, ReplicaStatus};
-use tercet_shard::Usage;
+use tercet_shard::{ScrubStatus, Usage};
 use tokio::sync::oneshot;
 
 use crate::plan::Plan;
@@ -84,6 +84,8 @@ pub struct ShardReport {
     pub shard: u16,
     /// How full it is.
     pub usage: Usage,
+    /// How far scrub is, and what was found bad (rule C4).
+    pub scrub: ScrubStatus,
     /// What is wrong with it.
     pub failed: Option<String>,
 }

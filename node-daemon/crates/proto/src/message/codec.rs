@@ -12,12 +12,12 @@ use thiserror::Error;
 use crate::entry::{Entry, EntryKind};
 use crate::ids::{Epoch, Lsn};
 
-use super::copy;
 use super::wire::{Reader, Writer};
 use super::{
     ENTRIES_MAX, EXCLUSIONS_MAX, Envelope, Frame, Hello, Message, PairEnvelope, PairMessage,
     ReplicaMessage, SEALED_MAX, VERSION, VERSION_MIN,
 };
+use super::{copy, repair};
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 24;
@@ -186,6 +186,7 @@ fn replica_fields(message: &ReplicaMessage, head: &mut Vec<u8>, payloads: &mut V
             return kind::OPINION;
         }
         ReplicaMessage::Copy(message) => return copy::fields(message, &mut writer, payloads),
+        ReplicaMessage::Repair(message) => return repair::fields(message, &mut writer, payloads),
         _ => {}
     }
     match message {
@@ -397,7 +398,7 @@ fn parse(header: Header, frame: &Bytes) -> Result<Frame, WireError> {
                 PairEnvelope { instance: reader.instance()?, to_instance: reader.instance()? };
             Frame::Message(Message::Pair(envelope, parse_pair(header.kind, &mut reader)?))
         }
-        kind::APPEND..=copy::FINISH => {
+        kind::APPEND..=repair::DECLINED => {
             let envelope: Envelope = reader.envelope()?;
             let message = parse_replica(header.kind, &mut reader, &mut payloads)?;
             Frame::Message(Message::Replica(envelope, message))
@@ -472,6 +473,9 @@ fn parse_replica(
         kind::GIVE_BACK => ReplicaMessage::GiveBack,
         kind::STAND => ReplicaMessage::Stand,
         copy::OFFER..=copy::FINISH => ReplicaMessage::Copy(copy::parse(kind, reader, payloads)?),
+        repair::ASK..=repair::DECLINED => {
+            ReplicaMessage::Repair(repair::parse(kind, reader, payloads)?)
+        }
         other => return Err(WireError::Type(other)),
     })
 }
