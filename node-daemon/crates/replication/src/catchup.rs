@@ -93,6 +93,8 @@ pub(crate) struct MemberState {
     lagging: bool,
     /// It lacks what this log no longer has: only a copy helps (C2).
     beyond: bool,
+    /// An entry that it lacks cannot be read from this log: the log is as good as cut (C4).
+    pub unreadable: bool,
     reading: bool,
     /// When it last said something new, or was last probed.
     progress: Instant,
@@ -113,6 +115,7 @@ impl MemberState {
             probing: None,
             lagging: false,
             beyond: false,
+            unreadable: false,
             reading: false,
             progress: now,
         }
@@ -145,6 +148,7 @@ impl MemberState {
         if self.incomplete != incomplete {
             self.incomplete = incomplete;
             self.in_sync = false;
+            self.unreadable &= incomplete; // a copy has gone past it
             (self.matched, self.sent) = (Lsn(0), Lsn(u64::MAX));
             self.probing = Some(Place { epoch: Epoch(u64::MAX), lsn: Lsn(u64::MAX) });
         }
@@ -360,7 +364,7 @@ impl Replica {
         let entries = match result {
             Ok(entries) => entries,
             Err(StorageError::Checksum { .. }) => {
-                member.beyond = true; // the log is as good as cut there: a copy helps (C2, C4)
+                (member.beyond, member.unreadable) = (true, true); // a copy helps (C2)
                 return;
             }
             Err(_) => return, // cut meanwhile, or failed: the next beat

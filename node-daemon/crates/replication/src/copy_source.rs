@@ -84,6 +84,7 @@ impl Replica {
         let start = self.log.start(cx.storage);
         let Role::Primary(primary) = &mut self.role else { return };
         let settled = primary.settled();
+        let unreadable = primary.member(to).is_some_and(|member| member.unreadable);
         let source = match primary.copies.entry(to) {
             Entry::Occupied(there) => there.into_mut(),
             Entry::Vacant(room) => {
@@ -98,6 +99,8 @@ impl Replica {
             return;
         }
         source.offered = cx.now;
+        // Who has this place needs no copy: where the log cannot be read, the view's own (C4).
+        let start = if unreadable { source.view.place } else { start };
         let offer = CopyMessage::Offer { view: source.view.clone(), start, settled };
         cx.send(node, to, from, ReplicaMessage::Copy(offer));
     }

@@ -65,6 +65,8 @@ pub struct MemStore {
     next_view: u64,
     /// Versions whose bytes are not what was written (C4).
     bad: BTreeSet<BlockVersion>,
+    /// The payload of this entry cannot be read from the log (C4).
+    pub bad_entry: Option<Lsn>,
 }
 
 fn place_of(log: &[Entry]) -> Place {
@@ -528,6 +530,11 @@ impl Storage for MemStore {
             bytes <= bytes_max || bytes == entry.payload.len()
         };
         let entries: Vec<_> = rest.take_while(fits).cloned().collect();
+        let bad = |entry: &Entry| self.bad_entry == Some(entry.header.place.lsn);
+        if entries.iter().any(bad) {
+            let result = Err(StorageError::Checksum { volume, block: 0 });
+            return self.events.push_back(StorageEvent::Log { token, result });
+        }
         let none = StorageError::Device("no such entry".into());
         let result = if entries.is_empty() { Err(none) } else { Ok(entries) };
         self.events.push_back(StorageEvent::Log { token, result });
