@@ -105,7 +105,8 @@ pub fn all() -> Vec<Bird> {
         Store S::ReuseFreedEarly 0,
         Store S::CutEarly 0,
         Store S::ForgetDrop 0,
-        Store S::IgnoreChecksums 0,
+        Store S::RepairOtherVersion 30,
+        Store S::IgnoreChecksums 30,
         Store S::EmptyClone 0,
         Store S::ForgetRelease 0,
     ]

@@ -9,7 +9,9 @@ use rand::rngs::SmallRng;
 use tercet_proto::BLOCK_BYTES;
 use tercet_proto::Instant;
 use tercet_proto::disk::StoreId;
-use tercet_shard::{Event, FormatOptions, Identity, OpenError, OpenReport, Options, Shard};
+use tercet_shard::{
+    Event, FormatOptions, Identity, OpenError, OpenReport, Options, ScrubPace, Shard,
+};
 use tercet_store::arena::Arena;
 use tercet_store::disk::{Disk, DiskOp, DiskToken};
 use tercet_store::simdisk::SimDisk;
@@ -37,6 +39,8 @@ pub struct Device {
     formatted: bool,
     ring_blocks: u32,
     duration_ns: (u64, u64),
+    /// How it is scrubbed.
+    pub scrub: Option<ScrubPace>,
     /// Everything takes this many times as long.
     pub slow: u64,
     /// Nothing completes before.
@@ -52,6 +56,7 @@ impl Device {
             formatted: false,
             ring_blocks: if rng.random_ratio(1, 4) { SMALL_RING_BLOCKS } else { 4096 },
             duration_ns,
+            scrub: None,
             slow: 1,
             stuck_until: 0,
         }
@@ -65,6 +70,7 @@ impl Device {
         now: Instant,
     ) -> Result<(Shard, OpenReport), OpenError> {
         let mut options = Options::new(tercet_store::options::Options::new(self.arena.clone()));
+        options.store.scrub = self.scrub;
         break_rule(&mut options, canary);
         if !self.formatted {
             self.formatted = true;
@@ -98,6 +104,14 @@ impl Device {
             kept
         });
         lost
+    }
+
+    /// A block goes bad: a bit flips, or it cannot be read any more.
+    pub fn decay(&mut self, sector: u64, flip: Option<&mut SmallRng>) {
+        match flip {
+            Some(rng) => self.disk.flip(sector, rng.random_range(0..BLOCK_BYTES * 8)),
+            None => self.disk.set_unreadable(sector),
+        }
     }
 
     /// Flips a bit somewhere in the log ring, and makes all else durable: one fault, not two.

@@ -7,6 +7,7 @@
 pub mod canaries;
 pub mod checker;
 mod cluster;
+mod decay;
 mod device;
 mod host;
 mod links;

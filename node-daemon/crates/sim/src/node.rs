@@ -110,7 +110,8 @@ impl World {
     pub fn make_nodes(&mut self) {
         for index in 0..self.mix.nodes {
             let clock = self.draw_clock();
-            let device = Device::new(&mut self.rng, self.mix.disk_ns);
+            let mut device = Device::new(&mut self.rng, self.mix.disk_ns);
+            device.scrub = self.decay.on.then_some(crate::decay::PACE);
             self.nodes.push(Node {
                 name: NodeName::new(&format!("node{index}")),
                 life: 0,
@@ -338,6 +339,8 @@ impl World {
             Notice::MemberInSync(_, true) => self.probe(Probe::CaughtUp),
             Notice::Filled => self.probe(Probe::CloneFilled),
             Notice::Copied => self.probe(Probe::Copied),
+            Notice::Repaired(_) => self.probe(Probe::BlockRepaired),
+            Notice::NotRepaired(_) => self.probe(Probe::BlockNotRepaired),
             _ => {}
         }
     }

@@ -42,6 +42,7 @@ impl World {
         self.schedule_faults();
         self.schedule_snapshot();
         self.schedule_look();
+        self.schedule_decay();
         self.run_until(self.mix.faulty_ns);
         self.wait_for(PROGRESS_NS, |world| world.faults_done >= FAULTS_MIN);
         self.heal_all();
@@ -50,6 +51,7 @@ impl World {
         for volume in 0..self.mix.volumes {
             self.converge(volume);
         }
+        self.mend();
         self.read_clones();
         if self.violation.is_some() {
             return;
@@ -65,13 +67,23 @@ impl World {
     }
 
     /// Waits until `done`, in virtual time; whether it came about.
-    fn wait_for(&mut self, within: u64, mut done: impl FnMut(&mut Self) -> bool) -> bool {
+    fn wait_for(&mut self, within: u64, done: impl FnMut(&mut Self) -> bool) -> bool {
+        self.wait_until(within, LOOK_NS, done)
+    }
+
+    /// As above, with so much time between two looks.
+    pub fn wait_until(
+        &mut self,
+        within: u64,
+        between: u64,
+        mut done: impl FnMut(&mut Self) -> bool,
+    ) -> bool {
         let until = self.now + within;
         while self.violation.is_none() && self.now < until {
             if done(self) {
                 return true;
             }
-            self.run_until(self.now + LOOK_NS);
+            self.run_until(self.now + between);
         }
         false
     }

@@ -74,6 +74,14 @@ probes! {
     CloneFilled,
     /// a replica was copied from a view (C2)
     Copied,
+    /// a block went bad on one node (C4)
+    BlockWentBad,
+    /// a bad block was repaired from another member's version (C4)
+    BlockRepaired,
+    /// no member could give a bad block when it was asked for (C4)
+    BlockNotRepaired,
+    /// a host's read met a bad block and failed, because no member had it (C4)
+    ReadFailed,
     /// a snapshot was deleted while a clone's replica still awaited it (S3)
     DeletedWhileAwaited,
     /// a link was cut in one direction (T2)

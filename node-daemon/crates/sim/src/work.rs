@@ -272,8 +272,16 @@ impl World {
         self.tell(|_| format!("volume {volume}: #{number} read {range:?} as {seen:?}"));
     }
 
-    /// A command failed, which never happens while a member can become primary.
+    /// A command failed, which never happens while a member can become primary; but a read of a
+    /// block that has gone bad and that no other member can give, until it is repaired (C4).
     pub fn command_failed(&mut self, host: usize, volume: usize, number: u64, error: HostError) {
+        let reads = self.hosts[host].mounts[&volume].commands[&number].kind == Kind::Read;
+        if reads && error == HostError::Media && self.decay.on && !self.decay.mended {
+            self.probe(Probe::ReadFailed);
+            let mount = self.hosts[host].mounts.get_mut(&volume).expect("looked at");
+            mount.commands.remove(&number);
+            return;
+        }
         let mount = &self.hosts[host].mounts[&volume];
         let command = format!("{:?}", mount.commands[&number]);
         self.violate(format!("host{host} volume {volume}: {command} failed: {error:?}"));

@@ -17,6 +17,7 @@ use tercet_proto::{Place, VolumeId};
 use crate::canaries::Canary;
 use crate::checker::{Histories, seconds};
 use crate::cluster::{Cluster, Volume};
+use crate::decay::Decay;
 use crate::host::{Connection, Host};
 use crate::links::Link;
 use crate::mix::Mix;
@@ -93,6 +94,8 @@ pub struct World {
     pub probes: Probes,
     /// What was seen of the protocol.
     pub seen: Seen,
+    /// Blocks that go bad.
+    pub decay: Decay,
     /// Whether faults are over.
     pub healed: bool,
     /// The node whose damage is not known yet.
@@ -119,7 +122,8 @@ impl World {
     /// The world of a seed, before anything has happened.
     pub fn new(seed: u64, settings: &Settings) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let mix = Mix::draw(&mut rng);
+        let mut mix = Mix::draw(&mut rng);
+        let decay = Decay::draw(seed, &mut mix);
         let sites = mix.nodes + mix.host_volumes.len() + 1;
         let mut world = Self {
             now: 0,
@@ -138,6 +142,7 @@ impl World {
             histories: Histories::default(),
             probes: Probes::default(),
             seen: Seen::default(),
+            decay,
             healed: false,
             rotten: None,
             rotted: false,
