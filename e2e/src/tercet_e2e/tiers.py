@@ -65,6 +65,7 @@ def tiers() -> tuple[Tier, ...]:
     canary = (*sim, "--features", "canary", "--")
     model = cargo("run", "-q", "--profile", "sim", "-p", "tercet-model")
     model_canary = (*model, "--features", "canary", "--")
+    noderep = cargo("test", "-q", "-p", "tercet-noderep")
     return (
         Tier(
             "lint",
@@ -89,7 +90,11 @@ def tiers() -> tuple[Tier, ...]:
         Tier(
             "rust",
             "unit, property, crash enumeration, protocols over real sockets",
-            (cargo("test", "-q", "--workspace"),),
+            (
+                cargo("test", "-q", "--workspace"),
+                (*noderep, "--features", "loom", "--test", "loom"),
+                (*noderep, "--features", "shuttle", "--test", "shuttle"),
+            ),
         ),
         Tier(
             "simulation",
@@ -105,6 +110,8 @@ def tiers() -> tuple[Tier, ...]:
                 (*model_canary, "canaries"),
                 cargo("test", "-q", "-p", "tercet-store", "--features", "canary", "--test", "copy"),
                 cargo("test", "-q", "-p", "tercet-store", "--features", "canary", "canary"),
+                (*noderep, "--features", "loom,canary", "--test", "loom", "canaries"),
+                (*noderep, "--features", "shuttle,canary", "--test", "shuttle", "canaries"),
             ),
         ),
         Tier("control-plane", "a real API server: CRDs, operator, agent", (pytest("-m", "local"),)),
