@@ -6,14 +6,13 @@ Medians of interleaved runs, so that a disk that slows down slows both. Writes b
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from tercet_e2e import report
-from tercet_e2e.bench import idle, volume
+from tercet_e2e.bench import book, idle, volume
 from tercet_e2e.bench.cases import CASES, Case, row
 from tercet_e2e.bench.floor import fio, prewrite, round_trip_us
 from tercet_e2e.kubectl import Kubectl
@@ -36,9 +35,7 @@ async def run(root: Path) -> int:
             rows = await _measure(cluster, folder / "floor")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    out = root / "build" / "bench.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(rows, indent=1) + "\n")
+    book.write(root, rows)
     return report.report(root)
 
 
