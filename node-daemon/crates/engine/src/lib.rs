@@ -2,7 +2,8 @@
 //!
 //! `tercet-engine` is a supervisor and a worker. The worker has one thread for each reactor, which
 //! owns shards, links and hosts ([`core`]), and a control thread that speaks gRPC with the agent
-//! ([`control`]). Nothing is shared between reactors but a table of postboxes.
+//! ([`control`]). Nothing is shared between reactors but a list of postboxes and the node's table, of
+//! which each has a replica of its own ([`table`]).
 
 pub mod args;
 pub mod attach;
@@ -17,4 +18,5 @@ pub mod pb;
 pub mod plan;
 pub mod state;
 pub mod supervisor;
+pub mod table;
 pub mod worker;

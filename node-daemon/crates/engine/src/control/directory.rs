@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tercet_noderep::{NodeReplicated, Options, Replica};
 use tercet_proto::{InstanceId, NodeName, VolumeId};
 use tercet_reactor::{PostError, Postbox};
 use tercet_replication::api::{Control, ControlDone, Input};
@@ -13,6 +14,7 @@ use super::convert;
 use crate::core::{ReactorStatus, ToReactor};
 use crate::opener::DeviceState;
 use crate::plan::Plan;
+use crate::table::{Change, Table, Volume};
 
 /// How long a reactor may take for an answer of its own.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -32,10 +34,33 @@ impl Reactors {
         })
     }
 
+    /// The one that listens, and keeps the hosts of the discovery subsystem.
+    fn first(&self) -> &[Postbox<ToReactor>] {
+        &self.0[..1]
+    }
+
+    /// Ends the wait of some. One whose mailbox is full is not asleep: it looks at the table before
+    /// its next message.
+    fn wake(some: &[Postbox<ToReactor>]) -> Result<(), Status> {
+        for postbox in some {
+            if let Err(PostError::Ended(_)) = postbox.post(ToReactor::Look) {
+                return Err(Status::unavailable("the engine is ending"));
+            }
+        }
+        Ok(())
+    }
+
     /// The reactor that has a shard.
     pub fn of_shard(&self, shard: u16) -> usize {
         usize::from(shard) % self.0.len()
     }
+}
+
+fn change(table: &mut Replica<Table>, change: Change) -> Result<(), Status> {
+    table.write(change).map_err(|error| {
+        tracing::error!(%error, "the node's table cannot be changed");
+        Status::unavailable(format!("the node's table: {error}"))
+    })
 }
 
 /// Who this engine is and where what is; shared by control, opener and reactors at start.
@@ -48,7 +73,9 @@ pub struct Directory {
     pub proven_exits: Vec<InstanceId>,
     /// The reactors.
     pub reactors: Reactors,
-    plan: Mutex<Option<Arc<Plan>>>,
+    table: NodeReplicated<Table>,
+    /// The replica of all threads that are no reactor; no reactor takes this lock.
+    own: Mutex<Replica<Table>>,
     devices: Mutex<Vec<DeviceState>>,
 }
 
@@ -60,18 +87,50 @@ impl Directory {
         proven_exits: Vec<InstanceId>,
         reactors: Reactors,
     ) -> Self {
-        let (plan, devices) = (Mutex::default(), Mutex::default());
-        Self { node, instance, proven_exits, reactors, plan, devices }
+        let table = NodeReplicated::new(Table::default(), Options::default());
+        let (own, devices) = (Mutex::new(table.replica("control")), Mutex::default());
+        Self { node, instance, proven_exits, reactors, table, own, devices }
+    }
+
+    /// A reactor's own replica of the table.
+    pub fn table_for(&self, reactor: usize) -> Replica<Table> {
+        self.table.replica(&format!("reactor-{reactor}"))
+    }
+
+    fn own<R>(&self, work: impl FnOnce(&mut Replica<Table>) -> R) -> R {
+        work(&mut self.own.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// What the engine was told, if it was.
     pub fn plan(&self) -> Option<Arc<Plan>> {
-        self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.own(|table| table.latest().plan().cloned())
     }
 
-    /// It is told this now.
-    pub fn set_plan(&self, plan: Arc<Plan>) {
-        *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(plan);
+    /// It is told this now. Every reactor sees it before anything that is posted or done after
+    /// this call; one that sleeps is woken, for what it has to do of its own accord.
+    pub fn set_plan(&self, plan: Arc<Plan>) -> Result<(), Status> {
+        self.own(|table| change(table, Change::Plan(plan)))?;
+        Reactors::wake(&self.reactors.0)
+    }
+
+    /// The agent tells of a volume; as `set_plan`.
+    pub fn tell(&self, volume: VolumeId, told: Volume) -> Result<(), Status> {
+        let told = Arc::new(told);
+        let discovery_changed = self.own(|table| {
+            if !table.latest().would_change(volume, &told) {
+                return Ok(false);
+            }
+            let before = table.held().versions();
+            change(table, Change::Volume(volume, told))?;
+            Ok::<_, Status>(table.latest().versions() != before)
+        })?;
+        if discovery_changed { Reactors::wake(self.reactors.first()) } else { Ok(()) }
+    }
+
+    /// The volume has no replica here any more.
+    pub fn forget(&self, volume: VolumeId) -> Result<(), Status> {
+        self.own(|table| change(table, Change::Forget(volume)))?;
+        Reactors::wake(self.reactors.first())
     }
 
     /// What is known of the devices.
@@ -86,8 +145,8 @@ impl Directory {
 
     /// The shard of a volume; UNAVAILABLE while the engine has been told nothing.
     pub fn shard_of(&self, volume: VolumeId) -> Result<u16, Status> {
-        let plan = self.plan().ok_or_else(|| Status::unavailable("not configured yet"))?;
-        Ok(volume.shard(plan.shards()))
+        let shard = self.own(|table| table.read(volume));
+        shard.ok_or_else(|| Status::unavailable("not configured yet"))
     }
 
     /// Hands an input to the volume's shard.

@@ -1,17 +1,13 @@
 //! The calls of the control API.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tercet_nvmf::log::DiscoveryRecord;
-use tercet_nvmf::names::volume_nqn;
-use tercet_nvmf::target::DiscoveryEntry;
 use tercet_proto::disk::CHUNK_BLOCKS;
-use tercet_proto::{BLOCK_BYTES, NewReplica, NodeName, ReplicaId, VolumeId};
-use tercet_replication::api::{Control, ControlDone, Input, VolumeView};
+use tercet_proto::{BLOCK_BYTES, NewReplica, NodeName, ReplicaId};
+use tercet_replication::api::{Control, ControlDone, Input, SwapOutcome};
 use tokio::sync::Notify;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
@@ -20,12 +16,12 @@ use uuid::Uuid;
 
 use super::directory::Directory;
 use super::{convert, status};
-use crate::core::ToReactor;
 use crate::opener::Opener;
 use crate::outbox::{Outbox, SwapId};
 use crate::pb::engine as pb;
 use crate::plan::{Plan, PlanError};
 use crate::state;
+use crate::table::Volume;
 
 /// How long volumes may take to be handed over before an orderly stop.
 const HAND_OVER: Duration = Duration::from_secs(3);
@@ -38,14 +34,7 @@ pub struct Service {
     outbox: Arc<Outbox>,
     opener: Opener,
     state_dir: PathBuf,
-    views: Mutex<BTreeMap<VolumeId, Known>>,
     stop: Arc<Notify>,
-}
-
-/// What the agent told of a volume: for the discovery log.
-struct Known {
-    nodes: Vec<NodeName>,
-    hosts: BTreeSet<String>,
 }
 
 impl Service {
@@ -57,16 +46,13 @@ impl Service {
         state_dir: PathBuf,
         stop: Arc<Notify>,
     ) -> Self {
-        Self { directory, outbox, opener, state_dir, views: Mutex::default(), stop }
+        Self { directory, outbox, opener, state_dir, stop }
     }
 
     /// Carries out a plan: at start the remembered one, later the agent's.
     pub fn carry_out(&self, plan: Plan) -> Result<(), Status> {
         let plan = Arc::new(plan);
-        self.directory.set_plan(Arc::clone(&plan));
-        for reactor in 0..self.directory.reactors.0.len() {
-            self.directory.reactors.post(reactor, ToReactor::Plan(Arc::clone(&plan)))?;
-        }
+        self.directory.set_plan(Arc::clone(&plan))?;
         self.opener.open(&plan);
         Ok(())
     }
@@ -82,48 +68,6 @@ impl Service {
                 warn!(shard, %error, "not everything was handed over");
             }
         }
-    }
-
-    fn know(&self, volume: VolumeId, view: &VolumeView) -> Result<(), Status> {
-        let nodes = view.config.iter().flat_map(|config| &config.members);
-        let known = Known {
-            nodes: nodes.map(|member| member.node.clone()).collect(),
-            hosts: view.attachments.iter().map(|one| one.host_nqn.clone()).collect(),
-        };
-        let entries = {
-            let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
-            views.insert(volume, known);
-            self.discovery(&views)
-        };
-        for reactor in 0..self.directory.reactors.0.len() {
-            self.directory.reactors.post(reactor, ToReactor::Discovery(entries.clone()))?;
-        }
-        Ok(())
-    }
-
-    /// Where every volume is to be had, and who may see it.
-    fn discovery(&self, views: &BTreeMap<VolumeId, Known>) -> Vec<DiscoveryEntry> {
-        let Some(plan) = self.directory.plan() else {
-            return Vec::new();
-        };
-        // Nodes of one cluster use the same ports.
-        let port = plan.ports.nvme_tcp;
-        let mut addresses = BTreeMap::from([(self.directory.node.as_str(), (plan.address, 1))]);
-        for (port_id, peer) in (2..).zip(&plan.peers) {
-            addresses.insert(&peer.node, (peer.address.ip(), port_id));
-        }
-        let mut entries = Vec::new();
-        for (volume, known) in views {
-            for node in &known.nodes {
-                let Some(&(address, port_id)) = addresses.get(node.as_str()) else {
-                    continue;
-                };
-                let subsystem_nqn = volume_nqn(*volume);
-                let record = DiscoveryRecord { subsystem_nqn, address, port, port_id };
-                entries.push(DiscoveryEntry { record, hosts: known.hosts.clone() });
-            }
-        }
-        entries
     }
 
     fn configured(&self) -> Result<Arc<Plan>, Status> {
@@ -183,7 +127,8 @@ impl pb::engine_server::Engine for Service {
         let view =
             request.view.as_ref().ok_or_else(|| Status::invalid_argument("view: missing"))?;
         let view = convert::view(view)?;
-        self.know(volume, &view)?;
+        // Before the volume's shard hears of it: what comes of it finds every reactor informed.
+        self.directory.tell(volume, Volume::of(&view))?;
         self.outbox.view_came(volume, view.fence, view.consistent);
         self.directory.input(volume, Input::Observe(volume, view))?;
         Ok(Response::new(pb::ObserveVolumeResponse {}))
@@ -232,7 +177,7 @@ impl pb::engine_server::Engine for Service {
         let volume = convert::volume(&request.volume)?;
         let replica = convert::replica(&request.replica)?;
         self.directory.ask(volume, Control::DeleteReplica(volume, replica)).await?;
-        self.views.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume);
+        self.directory.forget(volume)?;
         self.outbox.forget(volume);
         Ok(Response::new(pb::DeleteReplicaResponse {}))
     }
@@ -333,6 +278,9 @@ impl pb::engine_server::Engine for Service {
         let outcome = convert::outcome(&request)?;
         // A swap that was answered before, or asked by an instance that is dead: idempotent.
         if let Some(volume) = self.outbox.swap_volume(id) {
+            if let SwapOutcome::Swapped(view) | SwapOutcome::Lost(view) = &outcome {
+                self.directory.tell(volume, Volume::of(view))?; // as in `observe_volume`
+            }
             self.directory.input(volume, Input::Swapped(id.token, outcome))?;
             self.outbox.swap_answered(id);
         }

@@ -319,9 +319,9 @@ impl Core {
     }
 
     fn host_elsewhere(&mut self, id: ConnectionId, volume: VolumeId) {
-        let home = self.directory.shard_of(volume).map(|s| self.directory.reactors.of_shard(s));
-        match home {
-            Ok(home) if home != self.number => {
+        let shard = self.table.held().shard_of(volume);
+        match shard.map(|shard| self.directory.reactors.of_shard(shard)) {
+            Some(home) if home != self.number => {
                 let to = stream(id);
                 if let Some(detached) = self.hosts.target.detach(id) {
                     self.reactor.detach(to);

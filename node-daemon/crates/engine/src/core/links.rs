@@ -154,7 +154,7 @@ impl Links {
 impl Core {
     /// Dials whom this side has to dial; forgets who is no peer any more.
     pub(super) fn plan_links(&mut self) {
-        let Some(plan) = self.plan.clone() else {
+        let Some(plan) = self.plan().cloned() else {
             return;
         };
         let own = self.directory.node.as_str();
@@ -205,7 +205,7 @@ impl Core {
     }
 
     fn dial(&mut self, route: &Route) {
-        let from = self.plan.as_ref().map(|plan| SocketAddr::new(plan.address, 0));
+        let from = self.plan().map(|plan| SocketAddr::new(plan.address, 0));
         let to = self.links.dials[route].to;
         match self.reactor.connect(from, to, LIMITS) {
             Ok(stream) => {
@@ -241,7 +241,7 @@ impl Core {
     }
 
     fn say_hello(&mut self, stream: StreamId, route: &Route) {
-        let plan = self.plan.as_ref().expect("links are there after a plan");
+        let plan = self.plan().expect("links are there after a plan");
         let hello = Hello {
             version_min: VERSION_MIN,
             version_max: VERSION,
@@ -305,7 +305,7 @@ impl Core {
 
     /// The other side says who it is.
     fn hello(&mut self, stream: StreamId, hello: Hello) -> Result<(), String> {
-        let plan = self.plan.clone().expect("links are there after a plan");
+        let plan = self.plan().cloned().expect("links are there after a plan");
         self.check_hello(&hello)?;
         self.links.shards.insert(hello.node.clone(), hello.shards);
         let link = self.links.streams.get_mut(&stream).expect("it speaks");
@@ -334,7 +334,7 @@ impl Core {
     }
 
     fn check_hello(&self, hello: &Hello) -> Result<(), String> {
-        let plan = self.plan.as_ref().expect("links are there after a plan");
+        let plan = self.plan().expect("links are there after a plan");
         let own = Hello { version_min: VERSION_MIN, version_max: VERSION, ..hello.clone() };
         if own.common_version(hello).is_none() {
             return Err(format!(

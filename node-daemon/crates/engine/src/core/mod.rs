@@ -16,6 +16,7 @@ use std::process::exit;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tercet_noderep::Replica;
 use tercet_proto::Instant;
 use tercet_reactor::{Event, Inbox, ListenerId, Reactor, now};
 use tercet_store::arena::Arena;
@@ -24,6 +25,7 @@ use tracing::{error, info};
 use crate::control::Directory;
 use crate::outbox::{Notice, Outbox};
 use crate::plan::Plan;
+use crate::table::{Table, Versions};
 use hosts::Hosts;
 use links::Links;
 use shards::Slot;
@@ -49,7 +51,10 @@ pub struct Core {
     directory: Arc<Directory>,
     outbox: Arc<Outbox>,
     arena: Arena,
-    plan: Option<Arc<Plan>>,
+    /// This reactor's replica; see `look`.
+    table: Replica<Table>,
+    /// What of the table has been acted upon.
+    seen: Versions,
     slots: Vec<Slot>,
     /// Events of shards that have not been stepped yet.
     work: VecDeque<(usize, tercet_shard::Event)>,
@@ -72,7 +77,7 @@ impl Core {
         outbox: Arc<Outbox>,
         arena: Arena,
     ) -> Self {
-        let hosts = Hosts::new(number);
+        let (hosts, table) = (Hosts::new(number), directory.table_for(number));
         Self {
             number,
             reactor,
@@ -80,7 +85,8 @@ impl Core {
             directory,
             outbox,
             arena,
-            plan: None,
+            table,
+            seen: Versions::default(),
             slots: Vec::new(),
             work: VecDeque::new(),
             effects: Vec::new(),
@@ -101,6 +107,7 @@ impl Core {
                 error!(reactor = self.number, error = %failure, "the ring cannot be entered");
                 exit(1);
             }
+            self.look();
             for event in events.drain(..) {
                 self.happened(event);
                 self.settle();
@@ -108,6 +115,25 @@ impl Core {
             self.tick();
             self.settle();
         }
+    }
+
+    /// Looks at the node's table: after events or a message have come, before any is acted upon.
+    /// Whatever was written before what caused them is seen from here on (`table`).
+    fn look(&mut self) {
+        let now = self.table.latest().versions();
+        let seen = std::mem::replace(&mut self.seen, now);
+        if seen.plan != now.plan {
+            self.plan_links();
+        }
+        // Hosts of the discovery subsystem stay where connections come in.
+        if self.number == 0 && seen.discovery != now.discovery {
+            self.hosts.set_discovery(self.table.held().discovery(&self.directory.node));
+        }
+    }
+
+    /// What to be, as of the last look.
+    fn plan(&self) -> Option<&Arc<Plan>> {
+        self.table.held().plan()
     }
 
     fn next_deadline(&self) -> Option<Instant> {
@@ -161,6 +187,7 @@ impl Core {
             }
             Event::Woken => {
                 while let Some(message) = self.inbox.take() {
+                    self.look();
                     self.told(message);
                     self.settle();
                 }
@@ -170,10 +197,7 @@ impl Core {
 
     fn told(&mut self, message: ToReactor) {
         match message {
-            ToReactor::Plan(plan) => {
-                self.plan = Some(plan);
-                self.plan_links();
-            }
+            ToReactor::Look => {}
             ToReactor::Shard(new) => {
                 self.open_shard(*new);
                 self.plan_links();
@@ -187,7 +211,6 @@ impl Core {
                 // Whoever asked may have given up.
                 let _ = answer.send(self.status());
             }
-            ToReactor::Discovery(entries) => self.hosts.set_discovery(entries),
             ToReactor::Link(moved) => self.link_moved(*moved),
             ToReactor::Host(moved) => self.host_moved(*moved),
         }
@@ -196,7 +219,7 @@ impl Core {
     /// Listens on every port, or tries again later. The first reactor does so for all.
     fn listen(&mut self) {
         self.listen_at = None;
-        let Some(plan) = self.plan.clone() else {
+        let Some(plan) = self.plan().cloned() else {
             return;
         };
         let ports = [

@@ -66,7 +66,7 @@ impl Slot {
 
 impl Core {
     pub(super) fn slot_of(&self, volume: VolumeId) -> Option<usize> {
-        let shard = volume.shard(self.plan.as_ref()?.shards());
+        let shard = self.table.held().shard_of(volume)?;
         self.open_slot(shard)
     }
 
@@ -114,7 +114,7 @@ impl Core {
     }
 
     fn open_store(&mut self, disk: DiskId, identity: &Identity) -> Result<Shard, String> {
-        let plan = self.plan.clone().expect("shards are opened by a plan");
+        let plan = self.plan().cloned().expect("shards are opened by a plan");
         let mut file = FileDisk::new(&mut self.reactor, disk);
         let expect = (plan.cluster, identity.node.clone(), identity.shard);
         let mut store = tercet_store::Options::new(self.arena.clone());

@@ -1,9 +1,8 @@
 //! What a reactor is told and what it tells.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
-use tercet_nvmf::target::{Detached, DiscoveryEntry};
+use tercet_nvmf::target::Detached;
 use tercet_proto::message::{Decoder, Hello};
 use tercet_proto::{InstanceId, Instant, SnapshotState};
 use tercet_reactor::Device;
@@ -11,15 +10,13 @@ use tercet_replication::api::{Control, ControlDone, ControlError, Input, PeerId,
 use tercet_shard::{ScrubStatus, Usage};
 use tokio::sync::oneshot;
 
-use crate::plan::Plan;
-
 /// Answer to a request of the agent's.
 pub type Answer = oneshot::Sender<Result<ControlDone, ControlError>>;
 
 /// A message to a reactor.
 pub enum ToReactor {
-    /// What to be.
-    Plan(Arc<Plan>),
+    /// Nothing but to look at the node's table, as before every message.
+    Look,
     /// A shard to open: its device is locked.
     Shard(Box<NewShard>),
     /// For a shard.
@@ -28,8 +25,6 @@ pub enum ToReactor {
     Control(u16, Control, Answer),
     /// Say how you are.
     Status(oneshot::Sender<ReactorStatus>),
-    /// What the discovery subsystem tells.
-    Discovery(Vec<DiscoveryEntry>),
     /// A link whose Hello names a shard of this reactor.
     Link(Box<MovedLink>),
     /// A host's connection whose Connect names a volume of this reactor.
