@@ -18,7 +18,13 @@ sys.path.insert(0, str(ROOT / "crds" / "tests"))
 
 from crds_control_plane import running  # noqa: E402
 
-from tercet_api.names import CA_CONFIG_MAP, CA_SECRET, FINALIZER, SIGNER  # noqa: E402
+from tercet_api.names import (  # noqa: E402
+    CA_CONFIG_MAP,
+    CA_SECRET,
+    FINALIZER,
+    MEMBERSHIP_CONFIG_MAP,
+    SIGNER,
+)
 from tercet_e2e.binaries import Binaries  # noqa: E402
 from tercet_e2e.chart import rendered  # noqa: E402
 from tercet_e2e.objects import snapshot_crds  # noqa: E402
@@ -145,7 +151,10 @@ VOLUME = {
 }
 TRACES = [
     {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": CA_SECRET}},
-    {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": CA_CONFIG_MAP}},
+    *(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}}
+        for name in (CA_CONFIG_MAP, MEMBERSHIP_CONFIG_MAP)
+    ),
     *(
         {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name}}
         for name in ("tercet-operator", "storagenode-n1", "csi-tercet-io", SNAPSHOT_LEASE)
@@ -194,7 +203,7 @@ def test_without_volumes_all_traces_go_and_nothing_of_others(plane, hooks):
     assert f"lease.coordination.k8s.io/{SNAPSHOT_LEASE}" not in left
     assert not {name for name in left if "tercet" in name or "storagenode" in name}
     assert "lease.coordination.k8s.io/other" in left
-    assert f"configmap/{CA_CONFIG_MAP}" not in _names(plane, "configmap")
+    assert not {n for n in _names(plane, "configmap") if "tercet" in n}
     plane.kubectl_run("wait", "--for=delete", KINDS, "--timeout=60s")
     done = hooks("after", "--crds")
     assert done.returncode == 0, f"once more: {done.stderr}"

@@ -13,6 +13,7 @@ from tercet_node.membership import (
     Ack,
     Change,
     Heard,
+    Hello,
     Part,
     Prelim,
     Probe,
@@ -53,6 +54,7 @@ messages = st.one_of(
         Verdict, st.integers(0, 300), st.binary(min_size=16, max_size=16), numbers, st.booleans()
     ),
     st.builds(Heard, st.integers(0, 300), numbers),
+    st.builds(Hello, entries),
 )
 
 

@@ -31,6 +31,9 @@ CLONE_LABEL = f"{GROUP}/clone-of"
 CA_SECRET = "tercet-ca"  # noqa: S105 - the name of an object
 CA_CONFIG_MAP = "tercet-ca"
 """Public half of the CA, key `ca.crt`, readable by every piece."""
+MEMBERSHIP_CONFIG_MAP = "tercet-membership"
+"""What agents need to verify enrolments, key `register`: tercet_api.objects.Register as JSON."""
+MEMBERSHIP_KEY = "register"
 
 UUID_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _UUID = re.compile(UUID_PATTERN)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from tercet_api.enrolment import ADDRESS_BYTES, KEYS_MAX, NID_MAX
 from tercet_api.names import API_VERSION, UUID_PATTERN
 
 MEMBERS_MAX = 3
@@ -215,6 +216,48 @@ class Orphan(Model):
     replica: Uuid
 
 
+Nid = Annotated[int, Field(ge=0, le=NID_MAX)]
+
+
+class Enrolment(Model):
+    """The operator's word, signed, that a node belongs to the cluster (docs/membership.md)."""
+
+    nid: Nid
+    """Node index: the first gap when the node came; it never changes."""
+    node: Uuid
+    """metadata.uid of the StorageNode."""
+    instance: Uuid
+    address: Annotated[str, Field(max_length=ADDRESS_BYTES)]
+    """HOST:PORT of its membership."""
+    incarnation: Annotated[int, Field(ge=1)]
+    """Grows with each entry that is signed for one nid."""
+    gone: bool = False
+    """A tombstone: the node was removed."""
+    signature: Annotated[str, Field(max_length=88)] = ""
+    """Ed25519, base64."""
+
+
+class Register(Model):
+    """What enrolments are verified with, and who was removed (ConfigMap MEMBERSHIP_CONFIG_MAP)."""
+
+    cluster: Uuid
+    """metadata.uid of the namespace kube-system."""
+    keys: Annotated[list[str], Field(min_length=1, max_length=KEYS_MAX)]
+    """Ed25519 public keys that hold, base64; the first one signs."""
+    gone: list[Enrolment] = Field(default_factory=list)
+    """The tombstone of each nid that was given back and not taken again."""
+
+
+class Membership(Model):
+    """A node's list of nodes, as its agent has it."""
+
+    nid: Nid
+    size: Annotated[int, Field(ge=0)]
+    """Nodes in the list."""
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", max_length=32)]
+    """Nodes with the same digest have the same list."""
+
+
 class NodePhase(StrEnum):
     """One word for people; programs read conditions."""
 
@@ -234,6 +277,7 @@ class StorageNodeStatus(Model):
     conditions: Conditions = Field(default_factory=list)
     observed_generation: int | None = None
     used_percent: Percent | None = None
+    enrolment: Enrolment | None = None
     instance: Uuid | None = None
     """Of the engine: a new one at each of its starts."""
     devices: Annotated[
@@ -246,6 +290,7 @@ class StorageNodeStatus(Model):
     """Replicas without an object; said for `orphansInstance` only."""
     orphans_instance: Uuid | None = None
     version: Annotated[str, Field(max_length=64)] = ""
+    membership: Membership | None = None
 
 
 class StorageNode(Object):

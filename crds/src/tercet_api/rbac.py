@@ -20,6 +20,7 @@ from tercet_api.names import (
     CA_CONFIG_MAP,
     CA_SECRET,
     GROUP,
+    MEMBERSHIP_CONFIG_MAP,
     NAMESPACE,
     SIGNER,
     SNAPSHOTS,
@@ -61,6 +62,8 @@ CLUSTER_RULES: dict[str, list[Manifest]] = {
         # The snapshot that a clone starts from.
         _rule(GROUP, (SNAPSHOTS,), ("create", "delete")),
         _rule(_EVENTS, ("events",), ("create", "patch")),
+        # The cluster's id, which enrolments are signed for.
+        _rule("", ("namespaces",), ("get",), ("kube-system",)),
         _rule("certificates.k8s.io", (_REQUESTS,), _READ),
         _rule(
             "certificates.k8s.io",
@@ -97,19 +100,20 @@ CLUSTER_RULES: dict[str, list[Manifest]] = {
 
 _LEASES = _rule("coordination.k8s.io", ("leases",), (*_READ, "create", *_WRITE))
 _READ_CA = _rule("", ("configmaps",), _READ, (CA_CONFIG_MAP,))
+_READ_REGISTER = _rule("", ("configmaps",), ("get",), (MEMBERSHIP_CONFIG_MAP,))
 
 NAMESPACE_RULES: dict[str, list[Manifest]] = {
     OPERATOR: [
         _LEASES,
         # A rule for `create` cannot name what is created.
         _rule("", ("configmaps", "secrets"), ("create",)),
-        _rule("", ("configmaps",), ("get", "update"), (CA_CONFIG_MAP,)),
+        _rule("", ("configmaps",), ("get", "update"), (CA_CONFIG_MAP, MEMBERSHIP_CONFIG_MAP)),
         # The CA's key: nobody else may read it.
         _rule("", ("secrets",), ("get",), (CA_SECRET,)),
     ],
     CSI_CONTROLLER: [_READ_CA],
     CSI_NODE: [],
-    NODE: [_LEASES, _READ_CA],
+    NODE: [_LEASES, _READ_CA, _READ_REGISTER],
 }
 
 ADMIN = {
@@ -193,7 +197,7 @@ UNINSTALL_NAMESPACE_RULES: list[Manifest] = [
     _rule("apps", ("daemonsets",), ("create",)),
     _rule("apps", ("daemonsets",), ("get", "delete"), ("tercet-wipe",)),
     _rule("coordination.k8s.io", ("leases",), ("list", "delete")),
-    _rule("", ("configmaps",), ("delete",), (CA_CONFIG_MAP,)),
+    _rule("", ("configmaps",), ("delete",), (CA_CONFIG_MAP, MEMBERSHIP_CONFIG_MAP)),
     _rule("", ("secrets",), ("delete",), (CA_SECRET,)),
 ]
 """Of the account that exists while `helm uninstall` runs its hooks, and no longer."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tercet_api.clients import Json
-from tercet_api.objects import Config
+from tercet_api.objects import Config, Enrolment
 
 
 class Severity(StrEnum):
@@ -29,6 +29,13 @@ class Adopt:
 @dataclass(frozen=True, slots=True)
 class Release:
     """Take the finalizer off: the object may go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bury:
+    """Keep a removed node's tombstone, from which agents learn that it is gone."""
+
+    tombstone: Enrolment
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ class LookAgain:
 Action = (
     Adopt
     | Release
+    | Bury
     | WriteStatus
     | SwapFirst
     | MakeCloneSnapshot

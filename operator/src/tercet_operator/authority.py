@@ -257,6 +257,12 @@ class Authority:
         )
         return secret, certificate.public_bytes(serialization.Encoding.PEM)
 
+    @property
+    def secret(self) -> bytes:
+        """The key's private number, of which other keys may be derived."""
+        number = self._key.private_numbers().private_value
+        return number.to_bytes(-(-self._key.curve.key_size // 8), "big")
+
     def sign(self, grant: Grant, now: datetime, expiration_s: int | None) -> bytes:
         """A certificate that says what was granted, PEM."""
         life = timedelta(days=LIFE_DAYS_MAX)

@@ -30,16 +30,19 @@ from tercet_api.clients import (
 from tercet_api.coordination import Lost, Refusal, Swapped, Unknown, swap_config
 from tercet_api.names import FINALIZER, clone_labels
 from tercet_api.objects import (
+    Enrolment,
     Metadata,
     Object,
     Snapshot,
     SnapshotSpec,
+    StorageNode,
     Volume,
     VolumeReplica,
 )
 from tercet_operator.actions import (
     Action,
     Adopt,
+    Bury,
     DropCloneSnapshot,
     LookAgain,
     MakeCloneSnapshot,
@@ -50,6 +53,7 @@ from tercet_operator.actions import (
 )
 from tercet_operator.events import Events
 from tercet_operator.metrics import Metrics
+from tercet_operator.registerfile import RegisterFile
 from tercet_operator.world import World, newer
 
 Kind = NewType("Kind", str)
@@ -84,6 +88,7 @@ class Executor:
         wake: Callable[[Key, float], None],
     ) -> None:
         self._world = world
+        self._register = RegisterFile(api)
         self._events = events
         self._metrics = metrics
         self._wake = wake
@@ -99,6 +104,8 @@ class Executor:
                     await self._adopt(target)
                 case Release():
                     await self._release(target)
+                case Bury():
+                    await self._bury(action.tombstone)
                 case WriteStatus():
                     await self._write_status(target, action)
                 case SwapFirst():
@@ -167,6 +174,9 @@ class Executor:
             # Assumed before it is sent: whoever is placed meanwhile sees this room as taken. When
             # it fails the object is read again, which puts the truth back.
             self._world.volumes[target.name] = _assumed(target, action.members["replicas"])
+        if isinstance(target, StorageNode) and "enrolment" in action.members:
+            # In the same way: no two nodes are given one index.
+            self._world.nodes[target.name] = _enrolled(target, action.members["enrolment"])
         patch: Json = {"status": action.members}
         if action.exact:
             patch["metadata"] = {"resourceVersion": target.metadata.resource_version}
@@ -175,6 +185,13 @@ class Executor:
             self._take(await objects.patch_status(target.name, patch))
         except (Conflict, NotFound) as error:
             raise Stale(str(error)) from error
+
+    async def _bury(self, tombstone: Enrolment) -> None:
+        roll = self._world.roll
+        assert roll is not None, "who decided on a tombstone had the roll"
+        roll.bury(tombstone)
+        await self._register.write(roll.register())
+        log.info("left the cluster", nid=tombstone.nid, node=tombstone.node)
 
     async def _swap(self, volume: Volume, action: SwapFirst) -> None:
         answer = await swap_config(
@@ -219,6 +236,11 @@ def _assumed(volume: Volume, replicas: Sequence[Json]) -> Volume:
     entries = [VolumeReplica.model_validate(entry) for entry in replicas]
     status = volume.status.model_copy(update={"replicas": entries})
     return volume.model_copy(update={"status": status})
+
+
+def _enrolled(target: StorageNode, enrolment: Json) -> StorageNode:
+    kept = {"enrolment": Enrolment.model_validate(enrolment)}
+    return target.model_copy(update={"status": target.status.model_copy(update=kept)})
 
 
 def key_of(target: Object) -> Key:

@@ -135,6 +135,7 @@ class Operator:
         while True:
             try:
                 await signer.open()
+                self._world.roll = await signer.roll()
                 return
             except ApiError as error:
                 log.warning("certificate authority is not there yet", error=str(error))

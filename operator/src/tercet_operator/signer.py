@@ -8,6 +8,7 @@ may die, and the next one goes on, because an approved request without a certifi
 from __future__ import annotations
 
 import base64
+import uuid
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +17,8 @@ import structlog
 from tercet_api.clients import Api, Conflict, Json, NotFound
 from tercet_api.names import CA_CONFIG_MAP, CA_SECRET, NAMESPACE
 from tercet_operator.authority import Authority, Denied, Grant, NeedsReview, Request, judge
+from tercet_operator.registerfile import RegisterFile
+from tercet_operator.roll import Roll, signing_key
 from tercet_operator.world import World
 
 REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
@@ -43,6 +46,17 @@ class Signer:
         data = {key: base64.b64decode(value) for key, value in secret["data"].items()}
         self._authority = Authority(data["tls.key"], data["tls.crt"])
         await self._publish(data["tls.crt"].decode())
+
+    async def roll(self) -> Roll:
+        """What enrols the nodes of this cluster, its register published. Raises ApiError."""
+        assert self._authority is not None, "used before it was opened"
+        system = await self._api.request("GET", "/api/v1/namespaces/kube-system")
+        cluster = uuid.UUID(system["metadata"]["uid"])
+        roll = Roll(signing_key(self._authority.secret), cluster)
+        file = RegisterFile(self._api)
+        roll.take_up(await file.read())
+        await file.write(roll.register())
+        return roll
 
     async def _make_secret(self) -> Json:
         key, certificate = Authority.draw(datetime.now(UTC))

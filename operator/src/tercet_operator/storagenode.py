@@ -10,7 +10,7 @@ from __future__ import annotations
 from tercet_api.clients import Json
 from tercet_api.names import FINALIZER
 from tercet_api.objects import DeviceState, NodePhase, ReplicaPhase, StorageNode
-from tercet_operator.actions import Action, Adopt, LookAgain, Release
+from tercet_operator.actions import Action, Adopt, Bury, LookAgain, Release
 from tercet_operator.conditions import DELETING, READY, Verdict, status_actions
 from tercet_operator.world import Moment, World, nodes_of
 
@@ -21,7 +21,10 @@ def decide(node: StorageNode, world: World, now: Moment) -> list[Action]:
     """What to do about one StorageNode."""
     kept = sorted(volume for volume in _volumes_on(node, world))
     if node.deleting and not kept:
-        return [Release()] if FINALIZER in node.metadata.finalizers else []
+        if FINALIZER not in node.metadata.finalizers:
+            return []
+        # The object goes last: whoever sees it vanish finds the tombstone.
+        return [*_buried(node, world, now), Release()]
     if not node.deleting and FINALIZER not in node.metadata.finalizers:
         return [Adopt()]
     ready = _ready(node, world, now)
@@ -32,12 +35,22 @@ def decide(node: StorageNode, world: World, now: Moment) -> list[Action]:
     capacity = node.status.capacity_bytes
     used = min(100, node.status.allocated_bytes * 100 // capacity) if capacity else 0
     members: Json = {"phase": _phase(node, ready).value, "usedPercent": used}
+    if world.roll is not None and node.status.instance is not None:
+        enrolled = world.roll.enrolled(node, world.nodes.values(), now.wall)
+        members["enrolment"] = enrolled.to_json()
     actions = status_actions(node.status, verdicts, now, node.metadata.generation, members)
     sighting = world.sightings.get(node.name)
     if sighting is not None and not sighting.expired(now.s):
         # Nothing happens when a Lease expires: look again just then.
         actions.append(LookAgain(sighting.expires_at_s - now.s + EXPIRY_SLACK_S))
     return actions
+
+
+def _buried(node: StorageNode, world: World, now: Moment) -> list[Action]:
+    if world.roll is None:
+        return []
+    tombstone = world.roll.tombstone(node, now.wall)
+    return [] if tombstone is None else [Bury(tombstone)]
 
 
 def _volumes_on(node: StorageNode, world: World) -> list[str]:

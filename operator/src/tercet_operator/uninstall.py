@@ -41,6 +41,7 @@ from tercet_api.names import (
     CA_CONFIG_MAP,
     CA_SECRET,
     GROUP,
+    MEMBERSHIP_CONFIG_MAP,
     NAMESPACE,
     NODE_LEASE_PREFIX,
     OPERATOR_LEASE,
@@ -267,7 +268,8 @@ class Uninstall:
         for item in (await self._api.request("GET", REQUESTS))["items"]:
             if item["spec"].get("signerName") == SIGNER:
                 await self._delete(f"{REQUESTS}/{item['metadata']['name']}")
-        await self._delete(f"{self._core}/configmaps/{CA_CONFIG_MAP}")
+        for name in (CA_CONFIG_MAP, MEMBERSHIP_CONFIG_MAP):
+            await self._delete(f"{self._core}/configmaps/{name}")
         await self._delete(f"{self._core}/secrets/{CA_SECRET}")
 
     async def _names(self, path: str) -> list[str]:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 from tercet_api.coordination import Sighting
 from tercet_api.objects import Config, Member, Object, Snapshot, StorageNode, Volume
+from tercet_operator.roll import Roll
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class World:
     volumes: dict[str, Volume] = field(default_factory=dict)
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     sightings: dict[str, Sighting] = field(default_factory=dict)
+    roll: Roll | None = None
+    """What enrols nodes; there from the moment at which this operator leads."""
 
     def alive(self, node: str, now: Moment) -> bool:
         """Whether a node's agent renews its Lease."""

@@ -18,6 +18,14 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NewType
 
+from tercet_api import enrolment
+from tercet_api.enrolment import (
+    ADDRESS_BYTES,
+    NID_MAX,
+    UUID_BYTES,
+    entry_bytes,
+)
+from tercet_api.enrolment import ENTRY_BYTES as UNSIGNED_BYTES
 from tercet_node.membership.errors import WireError
 
 Nid = NewType("Nid", int)
@@ -26,17 +34,11 @@ Nid = NewType("Nid", int)
 Incarnation = NewType("Incarnation", int)
 """Grows with each entry that the authority signs for one nid."""
 
-NID_MAX = (1 << 20) - 1
-NODE_BYTES = 16
-INSTANCE_BYTES = 16
-ADDRESS_BYTES = 64
+NODE_BYTES = INSTANCE_BYTES = UUID_BYTES
 TOKEN_BYTES = 16
 SIGNATURE_BYTES = 64
 FINGERPRINT_BYTES = 16
-INCARNATION_BYTES = 8
-NID_BYTES = 4
 
-UNSIGNED_BYTES = NID_BYTES + NODE_BYTES + INSTANCE_BYTES + INCARNATION_BYTES + 1 + 1 + ADDRESS_BYTES
 ENTRY_BYTES = UNSIGNED_BYTES + 1 + SIGNATURE_BYTES
 """One entry on the wire; all have the same size."""
 
@@ -44,8 +46,8 @@ ENTRY_BYTES = UNSIGNED_BYTES + 1 + SIGNATURE_BYTES
 class State(IntEnum):
     """What an entry says of its node."""
 
-    PRESENT = 1
-    GONE = 2
+    PRESENT = enrolment.PRESENT
+    GONE = enrolment.GONE
     """A tombstone: removed; kept so that older news cannot bring the node back."""
 
 
@@ -83,17 +85,8 @@ class Entry:
 
 def unsigned(entry: Entry) -> bytes:
     """Everything but the token: what a signature is over."""
-    address = entry.address.encode()
-    assert len(address) <= ADDRESS_BYTES, f"node {entry.nid}: its address is too long"
-    return b"".join(
-        (
-            entry.nid.to_bytes(NID_BYTES, "big"),
-            entry.node,
-            entry.instance,
-            entry.incarnation.to_bytes(INCARNATION_BYTES, "big"),
-            bytes((entry.state, len(address))),
-            address.ljust(ADDRESS_BYTES, b"\0"),
-        )
+    return entry_bytes(
+        entry.nid, entry.node, entry.instance, entry.incarnation, entry.state, entry.address
     )
 
 

@@ -41,6 +41,7 @@ from tercet_node.membership.messages import (
     Ack,
     Change,
     Heard,
+    Hello,
     Message,
     Part,
     Prelim,
@@ -49,7 +50,7 @@ from tercet_node.membership.messages import (
     Verdict,
 )
 from tercet_node.membership.nodelist import NodeList
-from tercet_node.membership.pace import interval_s
+from tercet_node.membership.pace import INTERVAL_S_MIN, interval_s
 
 RECENT_MAX = 1024
 """Changes whose order is remembered; the rest of a list is sent by nid, the highest first."""
@@ -68,6 +69,9 @@ class Settings:
     probe_timeout_s: float = 0.5
     periodic: bool = True
     """An experiment in rounds says itself when to check."""
+    after_change_s: float = INTERVAL_S_MIN
+    """The first check comes this soon after a change, however busy the node: what is wrong with it
+    shall be noticed within 2 s, and the agent leaves a part of them to the message's way."""
     faults: bool = False
     """Whether faults may be injected: test builds only."""
 
@@ -151,8 +155,9 @@ class Machine(ABC):
                 yield from self._news(peer, entry, now_s)
             case Ack():
                 yield from self._ack(peer, message, now_s)
-            case Relay() | Verdict() | Heard():
-                yield Refused(peer, Reason.UNASKED)  # the detector's, and it has them
+            case Relay() | Verdict() | Heard() | Hello():
+                # The detector's, and it has them; the connection's, and it has read it.
+                yield Refused(peer, Reason.UNASKED)
 
     def _tick(self, now_s: float) -> list[Effect]:
         if self.locked:
@@ -229,7 +234,7 @@ class Machine(ABC):
         if len(self._recent) > RECENT_MAX:
             del self._recent[next(iter(self._recent))]
         self._changed_s = now_s
-        self._pace(now_s)
+        self._check_s = min(self._check_s, now_s + self.settings.after_change_s)
         return Changed(nid, before, entry, cause)
 
     def _pace(self, now_s: float) -> None:

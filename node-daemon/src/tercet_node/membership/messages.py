@@ -17,6 +17,7 @@
     6     Relay    nonce (8), nid (4)
     7     Verdict  nid (4), instance (16), sequence (8), alive (1: 0 or 1)
     8     Heard    nid (4), sequence (8)
+    9     Hello    entry of who opened the connection; its first message, and no other
 
 All messages of a kind have the same size: how long a list is cannot be told from a message. A
 message has one form only: decode(encode(m)) is m and encode(decode(b)) is b. Anything else is a
@@ -31,12 +32,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
+from tercet_api.enrolment import NID_BYTES, NID_MAX
 from tercet_node.membership.entries import (
     ENTRY_BYTES,
     FINGERPRINT_BYTES,
     INSTANCE_BYTES,
-    NID_BYTES,
-    NID_MAX,
     Entry,
     Nid,
     decode,
@@ -55,7 +55,7 @@ PADDING = b"\xff" * ENTRY_BYTES
 INDEX_MAX = (1 << 16) - 1
 
 KIND_CHANGE, KIND_PRELIM, KIND_PART, KIND_PROBE, KIND_ACK = 1, 2, 3, 4, 5
-KIND_RELAY, KIND_VERDICT, KIND_HEARD = 6, 7, 8
+KIND_RELAY, KIND_VERDICT, KIND_HEARD, KIND_HELLO = 6, 7, 8, 9
 SEQUENCE_BYTES = 8
 
 BODY_BYTES = {
@@ -67,6 +67,7 @@ BODY_BYTES = {
     KIND_RELAY: NONCE_BYTES + NID_BYTES,
     KIND_VERDICT: NID_BYTES + INSTANCE_BYTES + SEQUENCE_BYTES + 1,
     KIND_HEARD: NID_BYTES + SEQUENCE_BYTES,
+    KIND_HELLO: ENTRY_BYTES,
 }
 MESSAGE_BYTES_MAX = HEADER_BYTES + max(BODY_BYTES.values())
 
@@ -140,7 +141,14 @@ class Heard:
     sequence: int
 
 
-Message = Change | Prelim | Part | Probe | Ack | Relay | Verdict | Heard
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who opened the connection: its certificate must have the entry's address."""
+
+    entry: Entry
+
+
+Message = Change | Prelim | Part | Probe | Ack | Relay | Verdict | Heard | Hello
 
 
 def size_bytes(message: Message) -> int:
@@ -165,6 +173,7 @@ KINDS: dict[type[Message], int] = {
     Relay: KIND_RELAY,
     Verdict: KIND_VERDICT,
     Heard: KIND_HEARD,
+    Hello: KIND_HELLO,
 }
 
 
@@ -177,7 +186,7 @@ def encode_message(message: Message) -> bytes:
 
 def _body(message: Message) -> bytes:
     match message:
-        case Change(entry):
+        case Change(entry) | Hello(entry):
             return encode(entry)
         case Prelim(digest):
             body = digest.to_bytes(FINGERPRINT_BYTES, "big")
@@ -274,4 +283,5 @@ DECODERS: dict[int, Callable[[bytes], Message]] = {
     KIND_RELAY: lambda body: Relay(_number(body[:8]), _nid(body[8:])),
     KIND_VERDICT: _verdict,
     KIND_HEARD: lambda body: Heard(_nid(body[:4]), _number(body[4:])),
+    KIND_HELLO: lambda body: Hello(decode(body)),
 }

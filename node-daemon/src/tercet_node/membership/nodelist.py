@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tercet_node.membership.entries import NID_MAX, Entry, Nid
+from tercet_api.enrolment import NID_MAX
+from tercet_node.membership.entries import Entry, Nid
 
 CHUNK_ENTRIES = 64
 

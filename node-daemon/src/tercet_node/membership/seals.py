@@ -21,13 +21,10 @@ from typing import Protocol
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from tercet_api.enrolment import KEYS_MAX, UUID_BYTES, signed_bytes
 from tercet_node.membership.entries import SIGNATURE_BYTES, Entry, unsigned
 
-CONTEXT = b"tercet membership entry 1\0"
-"""Keeps these signatures apart from all others that the key may make."""
-CLUSTER_BYTES = 16
-KEYS_MAX = 4
-"""An entry that nobody signed costs one verification for each key."""
+CLUSTER_BYTES = UUID_BYTES
 
 UNSIGNED = bytes(SIGNATURE_BYTES)
 
@@ -62,7 +59,7 @@ class Ed25519Seal:
         """Whether one of the keys has signed it for this cluster."""
         if len(entry.token) != SIGNATURE_BYTES:
             return False
-        message = _message(self._cluster, entry)
+        message = signed_bytes(self._cluster, unsigned(entry))
         for key in self._keys:
             try:
                 key.verify(entry.token, message)
@@ -75,8 +72,4 @@ class Ed25519Seal:
 def sign(entry: Entry, cluster: bytes, key: Ed25519PrivateKey) -> Entry:
     """The entry with a token that vouches for it."""
     assert len(cluster) == CLUSTER_BYTES
-    return replace(entry, token=key.sign(_message(cluster, entry)))
-
-
-def _message(cluster: bytes, entry: Entry) -> bytes:
-    return CONTEXT + cluster + unsigned(entry)
+    return replace(entry, token=key.sign(signed_bytes(cluster, unsigned(entry))))
