@@ -3,10 +3,10 @@
 Apart from the list on purpose: who belongs to the cluster is the authority's word and lasts; who
 answers is each moment's observation. A judgement never removes an entry.
 
-- A node probes its two neighbours on the ring of the living, so each node has two that watch it. No
-  answer in time: it is suspected, and asked again and again, each time also through two others, so
-  that neither a lost message nor a bad link between two nodes makes a judgement. All of
-  TRIES_MAX in vain: judged dead.
+- A node probes its two neighbours on the ring of the living, so each node has two that watch it;
+  who is probed knows by that that the other lives, and need not ask. No answer in time: it is
+  suspected, and asked again and again, each time also through two others, so that neither a lost
+  message nor a bad link between two nodes makes a judgement. All of TRIES_MAX in vain: judged dead.
 - A judgement goes to all down the tree of the living, each hop acknowledged and sent again. What is
   lost all the same is found by the probes: they carry a digest of the judgements, and who has
   others answers with its own.
@@ -15,7 +15,8 @@ answers is each moment's observation. A judgement never removes an entry.
 - One of the dead is probed every DEAD_EVERY_S, another each time: so two halves of a cut network
   find each other again, although nobody on either side watches anybody on the other.
 
-Time from death to judgement: at most PROBE_EVERY_S + TRIES_MAX * TRY_S; then the tree's hops.
+Time from death to judgement: at most PROBE_EVERY_S + HEARD_GRACE_S + TRIES_MAX * TRY_S; then the
+tree's hops.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ from tercet_node.membership.nodelist import NodeList
 PROBE_EVERY_S = 0.5
 TRY_S = 0.15
 TRIES_MAX = 6
+HEARD_GRACE_S = 0.1
+"""A neighbour's own probe shows that it lives: ours waits this much longer than its next one, so
+that of two neighbours one probes and both know."""
+TOGETHER_S = 0.05
+"""Who is to be probed within this time is probed at once with the others: waking up is what a probe
+costs most."""
 RELAYS = 2
 DEAD_EVERY_S = 5.0
 RESEND_S = 0.1
@@ -68,7 +75,9 @@ class _Unheard:
 class Detector:
     """One node's view of who is alive."""
 
-    def __init__(self, me: Entry, members: NodeList, now_s: float = 0.0) -> None:
+    def __init__(
+        self, me: Entry, members: NodeList, now_s: float = 0.0, first_nonce: int = 0
+    ) -> None:
         self.me = me
         self._members = members
         self._verdicts: dict[Nid, Verdict] = {}
@@ -77,7 +86,8 @@ class Detector:
         """Nonce of ours: who asked, and with which nonce."""
         self._unheard: dict[tuple[Nid, Nid], _Unheard] = {}
         """By (to whom, about whom)."""
-        self._nonce = 0
+        self._nonce = first_nonce
+        """Counted up from one nobody guesses: an answer to an earlier start answers nothing."""
         self._digest = 0
         self._living = members
         self._dead_s = now_s + DEAD_EVERY_S
@@ -94,6 +104,16 @@ class Detector:
     def dead(self) -> int:
         """Members judged dead, as bits by nid."""
         return self._members.present & ~self._living.present
+
+    @property
+    def living(self) -> NodeList:
+        """The list without those judged dead."""
+        return self._living
+
+    @property
+    def suspected(self) -> list[Nid]:
+        """Neighbours that have not answered twice or more, and are not judged yet."""
+        return [nid for nid, watch in self._watches.items() if watch.tries > 1]
 
     @property
     def wake_s(self) -> float:
@@ -132,12 +152,19 @@ class Detector:
                 del self._watches[nid]
         for nid in neighbours:
             if nid not in self._watches:
-                # Spread over the period by nid, so that not all are probed at one time.
-                share = (nid * 7 + self.me.nid * 3) % 16 / 16
+                # Spread over the period by nid, so that not all nodes probe at one time.
+                share = self.me.nid * 3 % 16 / 16
                 self._watches[nid] = _Watch(now_s + PROBE_EVERY_S * share)
 
     def _probes(self, now_s: float) -> Iterator[Outcome]:
-        due = [(nid, watch) for nid, watch in self._watches.items() if watch.next_s <= now_s]
+        if all(watch.next_s > now_s for watch in self._watches.values()):
+            return
+        soon_s = now_s + TOGETHER_S
+        due = [
+            (nid, watch)
+            for nid, watch in self._watches.items()
+            if watch.next_s <= (now_s if watch.tries else soon_s)
+        ]
         for nid, watch in due:
             if watch.tries == TRIES_MAX:
                 yield from self._judge(self._death(nid), now_s)
@@ -184,6 +211,9 @@ class Detector:
                 yield Send(peer, Ack(nonce, self.me))
                 if digest != self._digest:
                     yield from self._tell(peer, nonce)
+                else:
+                    # Where they differ both go on asking: each is told what the other knows.
+                    self._heard(peer, now_s)
             case Ack(nonce, entry):
                 yield from self._answered(nonce, entry, now_s)
             case Relay(nonce, nid):
@@ -218,6 +248,11 @@ class Detector:
                 watch.nonces.clear()
                 watch.next_s = now_s + PROBE_EVERY_S
                 return
+
+    def _heard(self, peer: Nid, now_s: float) -> None:
+        watch = self._watches.get(peer)
+        if watch is not None and watch.tries == 0:
+            watch.next_s = now_s + PROBE_EVERY_S + HEARD_GRACE_S
 
     def _relay(self, peer: Nid, nonce: int, nid: Nid) -> Iterator[Outcome]:
         if nid not in self._members:

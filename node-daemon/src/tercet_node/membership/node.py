@@ -26,9 +26,9 @@ Outcome = Effect | Judged | Suspected
 class Node:
     """One node of a cluster."""
 
-    def __init__(self, machine: VersionedMachine, now_s: float = 0.0) -> None:
+    def __init__(self, machine: VersionedMachine, now_s: float = 0.0, first_nonce: int = 0) -> None:
         self.machine = machine
-        self.detector = Detector(machine.own, machine.list, now_s)
+        self.detector = Detector(machine.own, machine.list, now_s, first_nonce)
 
     @property
     def wake_s(self) -> float:
