@@ -120,6 +120,10 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.asked = 0
         self.catches_up_after: int | None = None
         self.port = 0
+        self.digest = "ab" * 16
+        self.agrees_after: int | None = None
+        self.locked = False
+        self.others: list[agent_pb2.Member] = []
 
     async def __aenter__(self):
         self._server = grpc.aio.server()
@@ -147,3 +151,31 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             chunk_bytes=4 << 20,
             sums=[agent_pb2.ChunkSum(index=i, crc32c=c) for i, c in sorted(self.sums.items())],
         )
+
+    # ---------------------------------------------------------------- the list of nodes
+
+    def _members(self):
+        digest = self.digest
+        if self.agrees_after is not None and self.asked <= self.agrees_after:
+            digest = "cd" * 16
+        return agent_pb2.MembersResponse(
+            node=self.node,
+            nid=0,
+            size=len(self.others),
+            digest=digest,
+            locked=self.locked,
+            members=self.others,
+        )
+
+    async def Members(self, request, context):
+        self.asked += 1
+        return self._members()
+
+    async def LockMembers(self, request, context):
+        self.locked = request.locked
+        return self._members()
+
+    async def CheckMembers(self, request, context):
+        if self.locked:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "node 0 is locked")
+        return agent_pb2.CheckMembersResponse(node=self.node, digest=self.digest, repaired=2)

@@ -24,6 +24,7 @@ from tercet_api.objects import (
     Volume,
     VolumeSpec,
 )
+from tercet_api.protos import agent_pb2
 
 pytestmark = pytest.mark.local
 
@@ -55,6 +56,10 @@ class Bench:
 
     async def verify(self, *arguments, deny=""):
         """Run `volume verify` while the test signs its certificate."""
+        return await self.signed("volume", "verify", self.volume.name, *arguments, deny=deny)
+
+    async def signed(self, *arguments, deny=""):
+        """Run the program while the test signs its certificate."""
 
         async def sign():
             while not await sign_next(self.api, self.authority, deny=deny):
@@ -62,7 +67,7 @@ class Bench:
 
         signing = asyncio.create_task(sign())
         try:
-            return await self.tercet("volume", "verify", self.volume.name, *arguments)
+            return await self.tercet(*arguments)
         finally:
             signing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -236,3 +241,58 @@ async def test_context_is_the_one_that_was_named(bench, tmp_path):
     assert status == 2
     status, out, _ = await bench.tercet(*arguments, "--context", name)
     assert (status, bench.volume.name in out) == (0, True)
+
+
+async def test_members_as_one_agent_has_them(bench):
+    states = ("Self", "Suspected", "Gone")
+    first = bench.agents[0]
+    first.others = [
+        agent_pb2.Member(
+            nid=nid, name=f"m{nid}", address=f"10.0.0.{nid}:4422", incarnation=7, state=state
+        )
+        for nid, state in enumerate(states)
+    ]
+    status, out, err = await bench.signed("node", "members", first.node)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[2].split()[:4] == ["1", "m1", "Suspected", "10.0.0.1:4422"]
+    assert out.splitlines()[-1] == f"as {first.node} has it: 3 nodes, digest {first.digest}"
+    status, out, _ = await bench.signed("node", "members", first.node, "-o", "json")
+    said = json.loads(out)
+    assert (status, said["digest"]) == (0, first.digest)
+    assert [member["state"] for member in said["members"]] == list(states)
+
+
+async def test_lists_are_checked_and_compared(bench):
+    names = [agent.node for agent in bench.agents]
+    bench.agents[2].agrees_after = 1
+    status, out, _ = await bench.signed("node", "check", *names)
+    assert status == 0, out
+    assert out.splitlines()[-1] == "the lists of 3 nodes agree"
+    bench.agents[1].digest = "ef" * 16
+    status, out, _ = await bench.signed("node", "check", *names, "-o", "json")
+    said = json.loads(out)
+    assert (status, said["agree"]) == (1, False)
+    assert [row["repaired"] for row in said["nodes"]] == [2, 2, 2]
+
+
+async def test_a_locked_list_says_how_to_unlock_it(bench):
+    names = [agent.node for agent in bench.agents[:2]]
+    status, out, _ = await bench.signed("node", "lock", *names)
+    assert (status, [agent.locked for agent in bench.agents]) == (0, [True, True, False])
+    assert out.count("true") == 2
+    status, _, err = await bench.signed("node", "check", names[0])
+    assert status == 2
+    assert f"next:  tercet node unlock {names[0]}" in err
+    status, out, _ = await bench.signed("node", "unlock", *names, "-o", "json")
+    assert (status, [row["locked"] for row in json.loads(out)["nodes"]]) == (0, [False, False])
+
+
+async def test_node_commands_say_which_node_is_wrong(bench):
+    status, _, err = await bench.tercet("node", "lock")
+    assert (status, "--all" in err) == (2, True)
+    status, _, err = await bench.tercet("node", "members", "nobody")
+    assert (status, "no StorageNode nobody" in err) == (2, True)
+    away = bench.agents[0]
+    await away.__aexit__()
+    status, _, err = await bench.signed("node", "members", away.node)
+    assert (status, f"tercet node get {away.node}" in err) == (2, True)

@@ -17,7 +17,7 @@ import structlog
 import typer
 
 from tercet_api.clients import Api
-from tercet_cli import commands
+from tercet_cli import commands, members
 from tercet_cli.access import cluster
 from tercet_cli.errors import EXIT_ERROR, CliError
 from tercet_cli.output import Form, errors
@@ -36,6 +36,15 @@ Timeout = Annotated[
     float,
     typer.Option("--timeout", min=0.0, help="Seconds to wait for replicas at the same place."),
 ]
+
+OneNode = Annotated[
+    str | None,
+    typer.Argument(help="Whose list. Default: the first node that answers.", metavar="[NAME]"),
+]
+Nodes = Annotated[
+    list[str] | None, typer.Argument(help="Names of StorageNodes.", metavar="[NAME]...")
+]
+Everywhere = Annotated[bool, typer.Option("--all", help="Every node.")]
 
 app = typer.Typer(
     help="Looks at Tercet's volumes, nodes and snapshots; simulates its protocols.",
@@ -116,6 +125,55 @@ def node_get(
 ) -> None:
     """One storage node with its devices and orphans."""
     _run(kubeconfig, context, lambda api: commands.node_get(api, name, output))
+
+
+@node.command("members")
+def node_members(
+    name: OneNode = None,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    output: Output = Form.TABLE,
+) -> None:
+    """The list of nodes as one node's agent has it, and whom of them it holds alive."""
+    _run(kubeconfig, context, lambda api: members.show(api, name, output))
+
+
+@node.command("lock")
+def node_lock(
+    names: Nodes = None,
+    everywhere: Everywhere = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    output: Output = Form.TABLE,
+) -> None:
+    """Stop checks and changes of the list of nodes, while you work."""
+    chosen = members.Chosen(tuple(names or ()), everywhere)
+    _run(kubeconfig, context, lambda api: members.lock(api, chosen, output, locked=True))
+
+
+@node.command("unlock")
+def node_unlock(
+    names: Nodes = None,
+    everywhere: Everywhere = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    output: Output = Form.TABLE,
+) -> None:
+    """Go on with checks and changes, with a check at once."""
+    chosen = members.Chosen(tuple(names or ()), everywhere)
+    _run(kubeconfig, context, lambda api: members.lock(api, chosen, output, locked=False))
+
+
+@node.command("check")
+def node_check(
+    names: Nodes = None,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    output: Output = Form.TABLE,
+) -> None:
+    """Have the nodes compare their lists now. Exit status: 0 all agree, 1 they differ."""
+    chosen = members.Chosen(tuple(names or ()), not names)
+    _run(kubeconfig, context, lambda api: members.check(api, chosen, output))
 
 
 @snapshot.command("list")

@@ -4,10 +4,11 @@
     |- NotFound        no such object in the cluster
     |- ClusterAway     no cluster can be reached with this kubeconfig
     |- Denied          these credentials may not do that
-    `- NotComparable   replicas cannot be compared now
+    |- NotComparable   replicas cannot be compared now
+    `- AgentRefuses    a node's agent does not answer, or will not do that
 
 Each says what is wrong and what to do next; all end the command with exit status 2. Exit status 1
-is kept for an answer that is no (`volume verify`: the replicas differ).
+is kept for an answer that is no (`volume verify`: the replicas differ; `node check`: the lists do).
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Denied(CliError):
 
 class NotComparable(CliError):
     """No statement about the replicas can be made now."""
+
+
+class AgentRefuses(CliError):
+    """A node's agent cannot be reached, or does not do what was asked."""
 
 
 def of_api(error: ApiError) -> CliError:

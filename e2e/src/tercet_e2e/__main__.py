@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,6 @@ import typer
 from tercet_e2e import chart as charts
 from tercet_e2e import commands, report, tiers
 from tercet_e2e import images as container_images
-from tercet_e2e.bench import noderep as node_replication
 from tercet_e2e.bench import run as benchmark
 from tercet_e2e.docker import commands as docker
 from tercet_e2e.errors import E2eError
@@ -67,25 +65,12 @@ def demo(
     raise typer.Exit(asyncio.run(story.run(lose=lose_commit)))
 
 
-class Suite(enum.StrEnum):
-    """What `bench` measures."""
-
-    VOLUME = "volume"
-    NODEREP = "noderep"
-
-
 @app.command()
 def bench(
-    suite: Annotated[
-        Suite, typer.Argument(help="Volumes beside the disk's floor, or the node's table.")
-    ] = Suite.VOLUME,
-    rounds: Annotated[int, typer.Option(min=1, help="Of noderep.")] = 5,
-    millis: Annotated[int, typer.Option(min=1, help="Of a run of noderep.")] = 100,
+    suite: Annotated[benchmark.Suite | None, typer.Argument(help="Only this one.")] = None,
 ) -> None:
-    """Measure; writes the rows of its suites into build/bench.json."""
-    if suite is Suite.NODEREP:
-        raise typer.Exit(node_replication.run(Path.cwd(), rounds, millis))
-    raise typer.Exit(asyncio.run(benchmark.run(Path.cwd())))
+    """Measure what speed depends on, beside its floor; writes rows into build/bench.json."""
+    raise typer.Exit(asyncio.run(benchmark.run(Path.cwd(), suite)))
 
 
 @app.command(name="report")

@@ -33,6 +33,8 @@ from tercet_node import http, replicas, server
 from tercet_node.certificates import Certificates
 from tercet_node.engine import Engine
 from tercet_node.keyed import Keyed, pause_s
+from tercet_node.members.register import read_register
+from tercet_node.members.service import Membership
 from tercet_node.metrics import Metrics
 from tercet_node.node_work import NodeWork
 from tercet_node.notices import About, Notices, Said
@@ -81,6 +83,14 @@ class Agent:
         self._certificates = Certificates(
             api, settings.node, settings.state_dir, self.metrics.certificate_expires.set
         )
+        self._membership = Membership(
+            settings.node,
+            settings.state_dir,
+            self._certificates,
+            lambda: read_register(api),
+            self.metrics.membership,
+            self._members_changed,
+        )
         self._engine = engine
         listeners = Listeners(
             swap=self._swap,
@@ -121,7 +131,8 @@ class Agent:
             group.create_task(self._notices.run(), name="notices")
             group.create_task(self._certify(), name="certificates")
             group.create_task(self._register(), name="register")
-            service = server.AgentService(self._engine, self.world)
+            group.create_task(self._membership.run(), name="membership")
+            service = server.AgentService(self._engine, self.world, self._membership)
             group.create_task(server.serve(self._settings.listen, service, self._certificates))
             group.create_task(http.serve(self._settings.http, self.metrics.registry, self.missing))
 
@@ -174,7 +185,10 @@ class Agent:
     # -------------------------------------------------------------- what the watches show
 
     def _nodes(self, event: Event[StorageNode]) -> None:
-        _apply(self.world.nodes, event)
+        names = _apply(self.world.nodes, event)
+        seen = [self.world.nodes[name] for name in names if name in self.world.nodes]
+        # Whose object is gone has left a tombstone.
+        self._membership.observe(seen, gone=not isinstance(event, Changed))
         self.world.nodes_known.set()
         self.session.nodes_changed()
         self._own.mark(self.world.node)
@@ -213,6 +227,13 @@ class Agent:
     def _volume_changed(self, name: str) -> None:
         for keyed in (self._show, self._replicas, self._lead):
             keyed.mark(name)
+
+    def _members_changed(self) -> None:
+        before, now = self.world.membership, self._membership.sight()
+        self.world.membership = now
+        if (before and before.digest) != (now and now.digest):
+            self.session.nodes_changed()
+            self._own.mark(self.world.node)
 
     # -------------------------------------------------------------- what the engine says
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tercet_api.objects import Device, StorageNode
+from tercet_node.members.sight import Sight
 from tercet_node.protos import engine_pb2 as pb
 
 
-def request(own: StorageNode, nodes: Iterable[StorageNode], cluster_id: str) -> pb.ConfigureRequest:
+def request(
+    own: StorageNode,
+    nodes: Iterable[StorageNode],
+    cluster_id: str,
+    membership: Sight | None = None,
+) -> pb.ConfigureRequest:
     """The Configure call for this node: own address, ports and devices, everyone else as a peer."""
     peers = [
         pb.Peer(
-            node=node.name, address=node.spec.address, replication_port=node.spec.ports.replication
+            node=node.name,
+            address=_address(node, membership),
+            replication_port=node.spec.ports.replication,
         )
         for node in sorted(nodes, key=lambda node: node.name)
         if node.name != own.name
@@ -29,6 +37,20 @@ def request(own: StorageNode, nodes: Iterable[StorageNode], cluster_id: str) -> 
         peers=peers,
         link_security=pb.LINK_SECURITY_PLAIN,
     )
+
+
+def _address(node: StorageNode, membership: Sight | None) -> str:
+    """Where a peer is: by the list, where the operator's word in it is newer than the object's.
+
+    The object is as old as the last word of the API server, which may be away from just this node.
+    """
+    found = None if membership is None else membership.address(node.uid)
+    if found is None:
+        return node.spec.address
+    address, incarnation = found
+    enrolled = node.status.enrolment
+    newer = enrolled is not None and incarnation > enrolled.incarnation
+    return address if newer else node.spec.address
 
 
 def _device(device: Device) -> pb.Device:

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tercet_node.members.figures import Figures
 from tercet_node.protos import engine_pb2 as pb
 
 SERIES_MAX = 20_000
@@ -49,6 +50,7 @@ class Metrics:
             "When the node certificate ends",
             registry=self.registry,
         )
+        self.membership = Figures(self.registry)
         self.registry.register(_EngineCollector(status))
 
 

@@ -44,9 +44,7 @@ class NodeWork:
         own = self._world.own
         if own is None or not self._world.volumes_known.is_set():
             return None
-        now = self._now(own)
-        if now is None:
-            return None
+        now = self._now(own) | nodestatus.membership(self._world.membership)
         changed, urgent = nodestatus.difference(own.status.to_json(), now)
         if not changed:
             return None
@@ -58,7 +56,7 @@ class NodeWork:
         await self._nodes.patch_status(name, patch)
         return None
 
-    def _now(self, own: StorageNode) -> Json | None:
+    def _now(self, own: StorageNode) -> Json:
         state = self._world.engine
         if state is not None and state.status is not None:
             found = nodestatus.orphans(
@@ -67,7 +65,7 @@ class NodeWork:
             return nodestatus.observed(state.status, found)
         if self.refusal is not None:
             return {"devices": _failed_devices(own, self.refusal)}
-        return None
+        return {}
 
     async def renew(self, answered_s: Callable[[], float]) -> None:
         """Renew the Lease until cancelled. answered_s: when the engine answered last."""

@@ -15,11 +15,13 @@ from tercet_api.clients import Json
 from tercet_api.objects import (
     DeviceState,
     DeviceStatus,
+    Membership,
     Orphan,
     ReplicaPhase,
     StorageNodeStatus,
     Volume,
 )
+from tercet_node.members.sight import Sight
 from tercet_node.protos import engine_pb2 as pb
 from tercet_node.views import config_members
 
@@ -36,7 +38,8 @@ OWN_FIELDS = (
     "orphansInstance",
     "version",
 )
-_FIGURES = ("allocatedBytes", "reservedBytes")
+_FIGURES = ("allocatedBytes", "reservedBytes", "membership")
+"""While a node joins, every list changes many times: nobody waits for this word."""
 
 
 def orphans(
@@ -59,6 +62,14 @@ def orphans(
         if replica.replica not in named and (replica.volume, replica.name) not in coming
     ]
     return sorted(found, key=lambda orphan: (orphan.volume, orphan.replica))
+
+
+def membership(sight: Sight | None) -> Json:
+    """What is said of the list of nodes; nothing while there is none."""
+    if sight is None:
+        return {}
+    said = Membership(nid=sight.nid, size=sight.size, digest=sight.digest)
+    return {"membership": said.to_json()}
 
 
 def observed(status: pb.StatusResponse, found: list[Orphan]) -> Json:

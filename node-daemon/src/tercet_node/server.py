@@ -6,6 +6,7 @@ handshake, so that a renewed certificate or CA is used without a restart.
 
 from __future__ import annotations
 
+import uuid
 from typing import NoReturn, TypeAlias
 
 import grpc
@@ -16,11 +17,16 @@ from tercet_api.protos import agent_pb2, agent_pb2_grpc
 from tercet_node.certificates import Certificates
 from tercet_node.engine import MESSAGE_BYTES_MAX, Engine
 from tercet_node.errors import EngineAway, EngineError, NotHere, OutcomeUnknown
+from tercet_node.members.service import Membership, NoMembers
+from tercet_node.members.sight import Sight
+from tercet_node.membership import CommandError, MembershipError
 from tercet_node.world import World
 
 CALLS_MAX = 16
 CALLS_EACH_MAX = 4
 STOP_GRACE_S = 0.5
+ADMIN = b"admin"
+"""Common name of the certificates that people get."""
 
 log = structlog.get_logger(__name__)
 ChunkSumsContext: TypeAlias = (
@@ -29,14 +35,24 @@ ChunkSumsContext: TypeAlias = (
 NodeStatusContext: TypeAlias = (
     "grpc.aio.ServicerContext[agent_pb2.NodeStatusRequest, agent_pb2.NodeStatusResponse]"
 )
+MembersContext: TypeAlias = (
+    "grpc.aio.ServicerContext[agent_pb2.MembersRequest, agent_pb2.MembersResponse]"
+)
+LockContext: TypeAlias = (
+    "grpc.aio.ServicerContext[agent_pb2.LockMembersRequest, agent_pb2.MembersResponse]"
+)
+CheckContext: TypeAlias = (
+    "grpc.aio.ServicerContext[agent_pb2.CheckMembersRequest, agent_pb2.CheckMembersResponse]"
+)
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
-    """Answers out of the engine."""
+    """Answers out of the engine and the list of members."""
 
-    def __init__(self, engine: Engine, world: World) -> None:
+    def __init__(self, engine: Engine, world: World, membership: Membership) -> None:
         self._engine = engine
         self._world = world
+        self._membership = membership
 
     async def ChunkSums(  # noqa: N802, D102
         self, request: agent_pb2.ChunkSumsRequest, context: ChunkSumsContext
@@ -83,7 +99,80 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             instance=status.instance,
             version=status.version,
             replicas=replicas,
-            links=[agent_pb2.Link(node=link.node, up=link.up) for link in status.links],
+            links=[
+                agent_pb2.Link(node=link.node, up=link.up, membership=self._standing(link.node))
+                for link in status.links
+            ],
+        )
+
+    def _standing(self, name: str) -> str:
+        """What the membership holds of a StorageNode."""
+        sight, node = self._membership.sight(), self._world.nodes.get(name)
+        entry = None if sight is None or node is None else sight.find(node.uid)
+        return "" if sight is None or entry is None else sight.standing(entry).value
+
+    async def Members(  # noqa: N802, D102
+        self, request: agent_pb2.MembersRequest, context: MembersContext
+    ) -> agent_pb2.MembersResponse:
+        del request
+        try:
+            return self._members()
+        except MembershipError as error:
+            await _refuse(context, error)
+
+    async def LockMembers(  # noqa: N802, D102
+        self, request: agent_pb2.LockMembersRequest, context: LockContext
+    ) -> agent_pb2.MembersResponse:
+        await _for_people(context)
+        try:
+            if request.locked:
+                self._membership.lock()
+            else:
+                self._membership.unlock()
+            return self._members()
+        except MembershipError as error:
+            await _refuse(context, error)
+
+    async def CheckMembers(  # noqa: N802, D102
+        self, request: agent_pb2.CheckMembersRequest, context: CheckContext
+    ) -> agent_pb2.CheckMembersResponse:
+        del request
+        await _for_people(context)
+        try:
+            checked = await self._membership.check()
+        except MembershipError as error:
+            await _refuse(context, error)
+        return agent_pb2.CheckMembersResponse(
+            node=self._world.node,
+            size=len(checked.after),
+            digest=f"{checked.after.digest:032x}",
+            repaired=checked.changed,
+        )
+
+    def _members(self) -> agent_pb2.MembersResponse:
+        sight = Sight.of(self._membership.running().node)
+        names = {node.uid: name for name, node in self._world.nodes.items()}
+        members = []
+        for entry in sight.members:
+            uid = str(uuid.UUID(bytes=entry.node))
+            members.append(
+                agent_pb2.Member(
+                    nid=entry.nid,
+                    name=names.get(uid, ""),
+                    uid=uid,
+                    instance=str(uuid.UUID(bytes=entry.instance)),
+                    address=entry.address,
+                    incarnation=entry.incarnation,
+                    state=sight.standing(entry).value,
+                )
+            )
+        return agent_pb2.MembersResponse(
+            node=self._world.node,
+            nid=sight.nid,
+            size=sight.size,
+            digest=sight.digest,
+            locked=sight.locked,
+            members=members,
         )
 
 
@@ -95,6 +184,28 @@ async def _abort(context: ChunkSumsContext | NodeStatusContext, error: EngineErr
         code = grpc.StatusCode.NOT_FOUND
     await context.abort(code, str(error))
     raise AssertionError("abort returned")
+
+
+async def _refuse(
+    context: MembersContext | LockContext | CheckContext, error: MembershipError
+) -> NoReturn:
+    code = grpc.StatusCode.INTERNAL
+    if isinstance(error, NoMembers):
+        code = grpc.StatusCode.UNAVAILABLE
+    elif isinstance(error, CommandError):
+        code = grpc.StatusCode.FAILED_PRECONDITION
+    await context.abort(code, str(error))
+    raise AssertionError("abort returned")
+
+
+async def _for_people(context: LockContext | CheckContext) -> None:
+    """Nodes and the csi controller have certificates of the same CA, and no business here."""
+    names = context.auth_context().get("x509_common_name", ())
+    if list(names) != [ADMIN]:
+        shown = b", ".join(names).decode(errors="replace") or "nobody"
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED, f"for the certificate `admin`, not for {shown}"
+        )
 
 
 def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:

@@ -102,7 +102,10 @@ class Session:
             self._nodes_changed.clear()
             own = self._world.own
             if own is not None and own.spec.devices:
-                return configure.request(own, self._world.nodes.values(), self._cluster_id)
+                world = self._world
+                return configure.request(
+                    own, world.nodes.values(), self._cluster_id, world.membership
+                )
             log.info("waiting for the StorageNode object with devices", node=self._world.node)
             await self._nodes_changed.wait()
 

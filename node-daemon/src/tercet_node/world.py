@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from tercet_api.objects import Fence, Snapshot, StorageNode, Volume
+from tercet_node.members.sight import Sight
 from tercet_node.primary import Serving
 from tercet_node.protos import engine_pb2 as pb
 from tercet_node.views import Shown
@@ -41,6 +42,8 @@ class World:
     volumes_known: asyncio.Event = field(default_factory=asyncio.Event)
     snapshots_known: asyncio.Event = field(default_factory=asyncio.Event)
     engine: EngineState | None = None
+    membership: Sight | None = None
+    """The list of nodes as this node has it, while it has one."""
 
     @property
     def own(self) -> StorageNode | None:

@@ -30,6 +30,8 @@ OURS = "noderep"
 FLOOR = "std RwLock"
 GOAL_READ_PERCENT = 99
 GOAL_RATIO = 2.0
+ROUNDS = 5
+MILLIS = 100
 STALLED_READS_PER_S_MIN = 1.0
 TIMEOUT_S = 1800.0
 FIGURE = "bench-noderep.svg"
@@ -172,8 +174,8 @@ def measure(root: Path, rounds: int, millis: int) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def run(root: Path, rounds: int, millis: int) -> int:
-    """Measure, print, write build/bench.json and the figure; 0 also when a goal does not hold."""
+def run(root: Path, rounds: int = ROUNDS, millis: int = MILLIS) -> None:
+    """Measure, print, write build/bench.json and the figure."""
     console = Console()
     cores = len(os.sched_getaffinity(0))
     console.print(f"{rounds} rounds of {millis} ms for each case, on {cores} cores")
@@ -188,4 +190,3 @@ def run(root: Path, rounds: int, millis: int) -> int:
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} x {FLOOR}, "
             console.print(f"{row['case']}: {ratio}goal {row['goal']}: {text}")
     console.print(f"rows in {book.path(root)}, figure in build/{FIGURE}")
-    return 0

@@ -1,4 +1,4 @@
-"""Runs the benchmark: floor and volume in turns, round after round, then the idle processes.
+"""Runs the benchmark: floor and volume in turns, round after round, the idle processes; membership.
 
 Medians of interleaved runs, so that a disk that slows down slows both. Writes build/bench.json.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from tercet_e2e import report
-from tercet_e2e.bench import book, idle, volume
+from tercet_e2e.bench import book, idle, membership, noderep, volume
 from tercet_e2e.bench.cases import CASES, Case, row
 from tercet_e2e.bench.floor import fio, prewrite, round_trip_us
 from tercet_e2e.kubectl import Kubectl
@@ -26,17 +27,35 @@ SETTLE_SECONDS = 5.0
 FILL = Case("fill", "write", 128 * 1024, 8, False, "mib_per_s", 0, 0.0)
 
 
-async def run(root: Path) -> int:
+class Suite(StrEnum):
+    """What can be measured alone."""
+
+    VOLUME = "volume"
+    MEMBERSHIP = "membership"
+    NODEREP = "noderep"
+
+
+async def run(root: Path, only: Suite | None) -> int:
     """Measure and print; 0 also when a goal does not hold: the table says so."""
+    for suite in Suite if only is None else (only,):
+        match suite:
+            case Suite.VOLUME:
+                book.write(root, await _volume())
+            case Suite.MEMBERSHIP:
+                book.write(root, await membership.rows())
+            case Suite.NODEREP:
+                await asyncio.to_thread(noderep.run, root)
+    return report.report(root)
+
+
+async def _volume() -> list[dict[str, Any]]:
     folder = Path(tempfile.mkdtemp(prefix="tercet-bench-"))
     try:
         async with LocalCluster(folder) as cluster:
             await cluster.wait_ready()
-            rows = await _measure(cluster, folder / "floor")
+            return await _measure(cluster, folder / "floor")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    book.write(root, rows)
-    return report.report(root)
 
 
 async def _measure(cluster: LocalCluster, file: Path) -> list[dict[str, Any]]:

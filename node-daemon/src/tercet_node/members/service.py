@@ -29,6 +29,7 @@ from tercet_node.members.figures import Figures
 from tercet_node.members.keep import Kept
 from tercet_node.members.roster import Keys, Trust, entry_of
 from tercet_node.members.runner import Listeners, Runner
+from tercet_node.members.sight import Sight
 from tercet_node.members.tls import Contexts, contexts
 from tercet_node.membership import (
     CheckNow,
@@ -61,11 +62,9 @@ class NoMembers(MembershipError):
 class Checked:
     """What a check that was asked for has done."""
 
-    before: int
-    """Digests."""
-    after: int
+    after: NodeList
     changed: int
-    """Entries that were repaired meanwhile."""
+    """Entries that are others than before it."""
 
 
 class Membership:
@@ -121,6 +120,10 @@ class Membership:
             raise NoMembers(f"node {self._node} has no list of members: {what}")
         return self.runner
 
+    def sight(self) -> Sight | None:
+        """The list as it is now, while there is one."""
+        return None if self.runner is None else Sight.of(self.runner.node)
+
     def lock(self) -> None:
         """No checks, no changes, until `unlock` or a restart of the agent. Raises NoMembers."""
         self.running().step(Lock())
@@ -139,7 +142,7 @@ class Membership:
         runner.step(CheckNow(full=True))
         await asyncio.sleep(CHECK_S)
         after = runner.members
-        return Checked(before.digest, after.digest, len(before.differing(after)))
+        return Checked(after, len(before.differing(after)))
 
     # ------------------------------------------------------------------ life
 
