@@ -271,8 +271,9 @@ async def test_a_second_hello_makes_nobody_else(house):
 async def test_truncated_messages_and_silence_end_after_a_while(house, monkeypatch):
     monkeypatch.setattr(mesh, "HELLO_S", 0.2)
     monkeypatch.setattr(mesh, "MESSAGE_S", 0.2)
-    async with call(house) as mute, call(house) as stuck, call(house) as dripping:
-        await stuck.say(Hello(house.entries[2]), encode_message(Probe(1, 0))[:20])
+    third = (house.folder / "3.pem").read_bytes()
+    async with call(house) as mute, call(house, third) as stuck, call(house) as dripping:
+        await stuck.say(Hello(house.entries[3]), encode_message(Probe(1, 0))[:20])
         await dripping.say(Hello(house.entries[2]))
         for byte in encode_message(Probe(1, 0))[:25]:
             await dripping.say(bytes([byte]))
@@ -281,6 +282,18 @@ async def test_truncated_messages_and_silence_end_after_a_while(house, monkeypat
         assert await stuck.is_hung_up_on()
         assert await dripping.is_hung_up_on()
     assert refused(house, "too-slow") == 3
+
+
+async def test_of_two_connections_with_one_node_one_stays(house):
+    """Node 2 calls twice; node 0, whose nid is lower, would keep one that it has opened itself."""
+    async with call(house) as first, call(house) as second:
+        await first.say(Hello(house.entries[2]), Probe(1, 0))
+        await first.answer(1)
+        await second.say(Hello(house.entries[2]), Probe(2, 0))
+        await second.answer(2)
+        assert await first.is_hung_up_on()
+        await second.say(Probe(3, 0))
+        await second.answer(3)
 
 
 async def test_a_flood_is_read_slowly_and_starves_nobody(house, monkeypatch):

@@ -101,6 +101,11 @@ class Link(asyncio.Protocol):
         self.last_s = self._clock()
         return len(raw)
 
+    def close(self) -> None:
+        """End it when all is sent."""
+        if self.transport is not None:
+            self.transport.close()
+
     def abort(self) -> None:
         """End it at once."""
         self._buffer.clear()

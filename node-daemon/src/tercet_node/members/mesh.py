@@ -30,7 +30,6 @@ from tercet_node.members.tls import Address, Contexts, NotANode, peer_addresses
 from tercet_node.membership import Entry, Hello, Message, Nid, WireError
 
 LINKS_MAX = 512
-LINKS_OF_ONE_MAX = 4
 HANDSHAKES_MAX = 64
 """Connections accepted whose handshake is not done, and calls under way: each as many."""
 HANDSHAKE_S = 3.0
@@ -71,8 +70,7 @@ class Gate(Protocol):
 class _Peer:
     """One other node."""
 
-    links: list[Link] = field(default_factory=list)
-    """The last one is sent on."""
+    link: Link | None = None
     waiting: deque[Message] = field(default_factory=lambda: deque(maxlen=WAITING_MAX))
     calling: bool = False
     failures: int = 0
@@ -117,9 +115,8 @@ class Mesh:
         peer = self._peers.get(to.nid)
         if peer is None:
             peer = self._peers[to.nid] = _Peer()
-        link = peer.links[-1] if peer.links else None
-        if link is not None and link.open:
-            self._put(link, message)
+        if peer.link is not None and peer.link.open:
+            self._put(peer.link, message)
         elif peer.calling:
             peer.waiting.append(message)
         elif self._may_call(peer):
@@ -131,8 +128,8 @@ class Mesh:
     def drop(self, nid: Nid) -> None:
         """End all connections with that node."""
         peer = self._peers.pop(nid, None)
-        for link in () if peer is None else tuple(peer.links):
-            link.abort()
+        if peer is not None and peer.link is not None:
+            peer.link.abort()
 
     def _begin(self, to: Entry, peer: _Peer) -> None:
         assert self._group is not None
@@ -181,8 +178,8 @@ class Mesh:
             peer.calling = False
         waiting, peer.waiting = tuple(peer.waiting), deque(maxlen=WAITING_MAX)
         for message in waiting:
-            if peer.links and peer.links[-1].open:
-                self._put(peer.links[-1], message)
+            if peer.link is not None and peer.link.open:
+                self._put(peer.link, message)
             else:
                 self._figures.dropped.inc()
 
@@ -295,8 +292,8 @@ class Mesh:
         self._links.discard(link)
         self._figures.connections.set(len(self._links))
         peer = None if link.peer is None else self._peers.get(link.peer)
-        if peer is not None and link in peer.links:
-            peer.links.remove(link)
+        if peer is not None and peer.link is link:
+            peer.link = None
 
     def _hello(self, link: Link, shown: Entry) -> None:
         assert link.transport is not None
@@ -317,11 +314,20 @@ class Mesh:
         link.abort()
 
     def _attach(self, nid: Nid, link: Link) -> None:
+        """One more connection with that node; of two one stays, the same one for both sides.
+
+        That is the newer of those that the lower nid has opened, if it has opened any.
+        """
         peer = self._peers.setdefault(nid, _Peer())
-        peer.links.append(link)
         peer.failures, peer.not_before_s = 0, 0.0
-        if len(peer.links) > LINKS_OF_ONE_MAX:
-            peer.links[0].abort()
+        there = peer.link if peer.link is not None and peer.link.open else None
+        lower_calls = self._gate.own.nid < nid
+        if there is not None and there.called == lower_calls != link.called:
+            link.close()
+            return
+        peer.link = link
+        if there is not None:
+            there.close()
 
     # ------------------------------------------------------------------ keeping house
 
@@ -329,7 +335,7 @@ class Mesh:
         """Call whom there shall be a connection with: a handshake costs when news is to go out."""
         for to in self._gate.wanted():
             peer = self._peers.setdefault(to.nid, _Peer())
-            if not (peer.links or peer.calling) and self._may_call(peer):
+            if not (peer.link or peer.calling) and self._may_call(peer):
                 self._begin(to, peer)
 
     async def _sweep(self) -> None:
