@@ -128,6 +128,7 @@ async fn impossible_configurations_are_refused_by_field() {
         name: "odd".into(),
         size_bytes: 4097,
         source: None,
+        learner: false,
     };
     let odd = client.create_replica(request).await.expect_err("no multiple of a block");
     assert_eq!(odd.code(), Code::InvalidArgument, "{odd}");

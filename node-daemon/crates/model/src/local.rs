@@ -229,6 +229,8 @@ fn timing() -> Timing {
         announce_after: soon,
         swap_answer: never,
         hand_over: never,
+        abort_after: never,
+        copy_quiet: now,
     }
 }
 
@@ -241,6 +243,7 @@ fn view(config: &Config, consistent: bool) -> VolumeView {
         size_blocks: SIZE_BLOCKS,
         fence: None,
         generation: 1,
+        replacement: None,
         consistent,
     }
 }

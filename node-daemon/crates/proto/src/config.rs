@@ -128,6 +128,22 @@ impl Config {
         self.members.iter().chain(only_before)
     }
 
+    /// Every replica that the primary feeds: who counts, then the learners (rule M1).
+    pub fn everyone(&self) -> impl Iterator<Item = &Member> {
+        self.voters().chain(&self.learners)
+    }
+
+    /// M1, while both sets exist: what an abort leads back to. The newcomer is a learner again, so
+    /// that what it has is kept. The caller gives it its epoch and its primary.
+    pub fn aborted(&self) -> Option<Self> {
+        let members = self.previous_members.clone()?;
+        let out = |member: &&Member| !members.contains(member);
+        let newcomers = self.members.iter().filter(out).chain(&self.learners);
+        let learners = newcomers.take(MEMBERS_MAX).cloned().collect();
+        let previous_members = None;
+        Some(Self { members, previous_members, learners, ..self.clone() })
+    }
+
     /// Whether the replicas for which `has` is true are a majority: of `members`, and of
     /// `previousMembers` while both exist (rules W4, L2, T4); or the single copy (W6, M4).
     pub fn is_quorum(&self, has: impl Fn(ReplicaId) -> bool) -> bool {

@@ -8,7 +8,7 @@
 use bytes::Bytes;
 use tercet_proto::message::Message;
 use tercet_proto::{
-    BlockRange, BlockVersion, Config, Epoch, InstanceId, Lsn, NewReplica, NodeName, Place,
+    BlockRange, BlockVersion, Config, Epoch, InstanceId, Lsn, Member, NewReplica, NodeName, Place,
     ReplicaId, SnapshotId, StorageError, StorageEvent, Token, VolumeId,
 };
 
@@ -101,8 +101,19 @@ pub struct VolumeView {
     pub fence: Option<(Epoch, u64)>,
     /// `metadata.generation`: which spec the attachments are from (rule H5).
     pub generation: u64,
+    /// Which change of members `status.replicas` asks for (rule M1).
+    pub replacement: Option<Replacement>,
     /// From a consistent read or a swap's answer (rule T7), not from a watch's cache.
     pub consistent: bool,
+}
+
+/// A change of members that the operator asks for, once the newcomer's replica is made (rule M1).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Replacement {
+    /// The member that shall go.
+    pub old: ReplicaId,
+    /// Who takes its place, a learner first.
+    pub learner: Member,
 }
 
 /// One of `spec.attachments`.
@@ -131,6 +142,9 @@ pub enum Control {
     /// Make a replica (rule T9). Answered by `Output::ControlDone`, also when it is there already
     /// under this volume: then with that one as it is now.
     CreateReplica(NewReplica),
+    /// Make a replica that takes another's place (rules T9, M1): durably incomplete before this is
+    /// answered, as `CreateReplica` is. It promises nothing before a configuration names it.
+    CreateLearner(NewReplica),
     /// Delete the replica with this id.
     DeleteReplica(VolumeId, ReplicaId),
     /// Append a snapshot (S1). Answered when committed, with its place.
@@ -308,6 +322,12 @@ pub enum Notice {
     Repaired(BlockVersion),
     /// No member could give it for now: it is asked for again, and reads of it fail meanwhile.
     NotRepaired(BlockVersion),
+    /// A replica is being filled here, to take another's place (rule M1).
+    Learning(NodeName),
+    /// Members change: the node that goes, the node that comes (rule M1).
+    Changing(NodeName, NodeName),
+    /// A change of members is taken back: too few of the new ones answer (rule M1).
+    AbortingChange(Epoch),
 }
 
 /// What a member looks like from the primary, for `status.replicas` and metrics.
@@ -325,6 +345,21 @@ pub struct MemberStatus {
     pub in_sync: bool,
     /// It has said that it is no complete copy (rules R1, C2, S3).
     pub incomplete: bool,
+    /// It counts in no majority (rule M1).
+    pub learner: bool,
+    /// While it is copied to: how far that is (rule C3).
+    pub copy: Option<CopyStatus>,
+}
+
+/// How far a copy to a member is (rule C3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CopyStatus {
+    /// Blocks of the view that are known to be equal.
+    pub done_blocks: u64,
+    /// Blocks of the view, snapshots included.
+    pub total_blocks: u64,
+    /// Bytes that were sent in this epoch.
+    pub sent_bytes: u64,
 }
 
 /// What a replica says of itself, for `status`, metrics and the CLI.
@@ -348,6 +383,6 @@ pub struct ReplicaStatus {
     pub incomplete: bool,
     /// Blocks that are known to be bad here and not repaired yet (rule C4).
     pub bad_blocks: u64,
-    /// At the serving primary: all members.
+    /// At the serving primary: all members and learners.
     pub members: Vec<MemberStatus>,
 }

@@ -12,6 +12,7 @@ use tercet_proto::storage::Incomplete;
 use tercet_proto::{Config, Entry, InstanceId, Instant, Lsn, Place, ReplicaId};
 
 use crate::api::PeerId;
+use crate::change::counted;
 use crate::cx::{Cx, FetchRead, Purpose};
 use crate::options::canary;
 use crate::primary::Primary;
@@ -55,7 +56,7 @@ impl Replica {
     pub fn start_candidate(&mut self, config: Config, cx: &mut Cx<'_>) {
         self.demote(cx);
         self.role = Role::Candidate(Box::new(Candidate {
-            config: config.clone(),
+            config: counted(config.clone(), cx),
             answers: BTreeMap::new(),
             attachments_known: false,
             sent: None,
@@ -74,6 +75,7 @@ impl Replica {
             self.send_seals(cx);
         }
         self.adopt(cx);
+        self.abort_own_change(cx);
     }
 
     fn send_seals(&mut self, cx: &mut Cx<'_>) {

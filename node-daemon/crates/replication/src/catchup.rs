@@ -13,7 +13,8 @@ use std::collections::VecDeque;
 
 use tercet_proto::message::{ENTRIES_MAX, Envelope, ReplicaMessage, Tail};
 use tercet_proto::{
-    Entry, Epoch, InstanceId, Instant, Lsn, Member, NodeName, Place, ReplicaId, StorageError,
+    Config, Entry, Epoch, InstanceId, Instant, Lsn, Member, NodeName, Place, ReplicaId,
+    StorageError,
 };
 
 use crate::api::{MemberStatus, Notice, Output};
@@ -22,6 +23,9 @@ use crate::log::Log;
 use crate::options::Limits;
 use crate::primary::Primary;
 use crate::replica::{Replica, Role};
+
+/// M1: entries that a learner may be behind what is committed when it takes a member's place.
+const KEEPS_UP_ENTRIES: u64 = 64;
 
 /// The newest entries of the log (W7).
 #[derive(Clone, Debug, Hash, Default)]
@@ -70,12 +74,14 @@ impl Recent {
     }
 }
 
-/// What the primary knows of another voter.
+/// What the primary knows of another voter, or of a learner.
 #[derive(Clone, Debug, Hash)]
 #[expect(clippy::struct_excessive_bools, reason = "independent facts of one member")]
 pub(crate) struct MemberState {
     pub replica: ReplicaId,
     pub node: NodeName,
+    /// It is fed like the others and counts nowhere (M1).
+    pub learner: bool,
     /// Durable and matched in this epoch (W3).
     pub matched: Lsn,
     /// Which instance answered in this epoch: its pair's grants count (L3).
@@ -101,10 +107,11 @@ pub(crate) struct MemberState {
 }
 
 impl MemberState {
-    pub fn new(member: &Member, now: Instant) -> Self {
+    fn new(member: &Member, learner: bool, now: Instant) -> Self {
         Self {
             replica: member.replica,
             node: member.node.clone(),
+            learner,
             matched: Lsn(0),
             answered: None,
             sealed: false,
@@ -121,6 +128,13 @@ impl MemberState {
         }
     }
 
+    /// Everyone but `own`.
+    pub fn of(config: &Config, own: ReplicaId, now: Instant) -> Vec<Self> {
+        let voters = config.voters().map(|one| Self::new(one, false, now));
+        let learners = config.learners.iter().map(|one| Self::new(one, true, now));
+        voters.chain(learners).filter(|one| one.replica != own).collect()
+    }
+
     /// It has sealed for this epoch; its tail is where matching starts.
     pub fn sealed(&mut self, instance: InstanceId, tail: &Tail) {
         self.answered = Some(instance);
@@ -135,6 +149,11 @@ impl MemberState {
     /// Whether its acknowledgements count (W4, C2).
     pub fn counts(&self) -> bool {
         self.sealed && !self.incomplete
+    }
+
+    /// Whether it is within the log (M1), so that its acknowledgements are soon as good as any.
+    pub fn keeps_up(&self, commit: Lsn) -> bool {
+        self.counts() && !self.beyond && self.matched.0 + KEEPS_UP_ENTRIES >= commit.0
     }
 
     /// Whether it is offered a copy (C2). Who is complete gives up what it has only once the no-op
@@ -445,11 +464,10 @@ impl Replica {
         }
     }
 
-    /// Every voter, this replica included, for `status`.
+    /// Every voter, this replica included, and every learner, for `status`.
     pub fn member_statuses(&self) -> Vec<MemberStatus> {
         let Role::Primary(primary) = &self.role else { return Vec::new() };
         let tail = self.log.tail.lsn;
-        let voters = primary.config.voters();
         let status = |voter: &Member| {
             let member = primary.members.iter().find(|m| m.replica == voter.replica);
             let matched = member.map_or(self.log.durable.lsn, |m| m.matched);
@@ -460,9 +478,11 @@ impl Replica {
                 lag_bytes: primary.recent.lag_bytes(matched, tail),
                 in_sync: member.is_none_or(|m| m.counts() && m.matched >= primary.commit.lsn),
                 incomplete: member.is_some_and(|m| m.incomplete),
+                learner: member.is_some_and(|m| m.learner),
+                copy: primary.copies.status(voter.replica),
             }
         };
-        voters.map(status).collect()
+        primary.config.everyone().map(status).collect()
     }
 
     /// The members that have everything, the named node first: who may follow (hand-over).

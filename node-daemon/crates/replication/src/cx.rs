@@ -51,7 +51,9 @@ pub(crate) struct Sender {
 #[derive(Clone, Debug, Hash)]
 pub(crate) enum Purpose {
     /// `create_replica` for a control request.
-    Create(Token, NewReplica),
+    Create(Token, NewReplica, Kind),
+    /// `set_incomplete` for a learner that has just been made (M1).
+    Learner(Token, VolumeId),
     /// `delete_replica` for a control request.
     Delete(Token, VolumeId),
     /// `set_promise`.
@@ -74,6 +76,15 @@ pub(crate) enum Purpose {
     Sums(Token, Place),
     /// A compare-and-swap.
     Swap(VolumeId),
+}
+
+/// What a replica is made as (T9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    /// One of a new volume's.
+    First,
+    /// To take another's place (M1).
+    Learner,
 }
 
 /// A host's command that waits for bytes.
@@ -118,8 +129,8 @@ impl Tokens {
     /// Whether a replica of this volume is being made or deleted.
     pub fn is_changing(&self, volume: VolumeId) -> bool {
         self.out.values().any(|purpose| match purpose {
-            Purpose::Create(_, new) => new.volume == volume,
-            Purpose::Delete(_, deleted) => *deleted == volume,
+            Purpose::Create(_, new, _) => new.volume == volume,
+            Purpose::Delete(_, one) | Purpose::Learner(_, one) => *one == volume,
             _ => false,
         })
     }

@@ -6,9 +6,12 @@
 //! reported so only when nothing of it can appear any more (H5).
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use tercet_proto::message::crc32c;
-use tercet_proto::{BLOCK_BYTES, BlockRange, EntryKind, Epoch, Lsn, StorageError, Token, VolumeId};
+use tercet_proto::{
+    BLOCK_BYTES, BlockRange, EntryKind, Epoch, Instant, Lsn, StorageError, Token, VolumeId,
+};
 
 use bytes::Bytes;
 
@@ -61,6 +64,8 @@ pub(crate) struct Hosts {
     epoch: Epoch,
     generation: u64,
     fence: Option<(Epoch, u64)>,
+    /// When a host asked for something last (C3).
+    asked: Instant,
 }
 
 /// A fence that is to be reported once everything up to `after` is committed (H5).
@@ -81,7 +86,13 @@ impl Hosts {
             epoch: Epoch(0),
             generation: 0,
             fence: None,
+            asked: Instant(0),
         }
+    }
+
+    /// Whether hosts have been at work a moment ago (C3).
+    pub fn busy(&self, now: Instant, quiet: Duration) -> bool {
+        self.asked != Instant(0) && now.since(self.asked) < quiet
     }
 
     fn attachment(&self, host: &HostIdentity) -> Option<&Attachment> {
@@ -199,6 +210,7 @@ impl Replica {
         command: HostCommand,
         cx: &mut Cx<'_>,
     ) {
+        self.hosts.asked = cx.now;
         match self.run((association, token, 0), command, cx) {
             Ran::Done => {}
             Ran::Hold(_) if self.hosts.held.len() >= cx.options.limits.held_commands => {
@@ -455,5 +467,13 @@ fn compare(range: BlockRange, expected: &Bytes, data: &[Bytes]) -> HostDone {
     match found.zip(expected.iter()).position(|(found, expected)| found != expected) {
         Some(byte) => HostDone::Differs(range.start + (byte / BLOCK_BYTES) as u64),
         None => HostDone::Ok,
+    }
+}
+
+#[cfg(feature = "model")]
+impl Hosts {
+    /// See `Node::forget_pace`.
+    pub fn forget_pace(&mut self) {
+        self.asked = Instant(0);
     }
 }

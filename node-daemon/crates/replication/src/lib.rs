@@ -14,6 +14,7 @@
 //! | `catchup` | W7, C1, the primary's side of W2 and W3 |
 //! | `copy_source`, `copy_target` | C2, C3 |
 //! | `repair` | C4 |
+//! | `change` | M1 |
 //! | `secondary` | W2, W3, W5 |
 //! | `log` | places: matching (W2), never below `applied` |
 //! | `takeover` | T2, T3 |
@@ -28,6 +29,7 @@
 pub mod api;
 mod candidate;
 mod catchup;
+mod change;
 mod control;
 mod copy_source;
 mod copy_target;

@@ -80,6 +80,7 @@ impl Replica {
         self.deadline = None;
         self.watch.forget_pace();
         self.grants.forget_pace(now);
+        self.hosts.forget_pace();
         if let Some(known) = &mut self.known {
             known.since = Instant(0);
         }

@@ -8,16 +8,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use tercet_proto::message::{Envelope, Message, ReplicaMessage};
-use tercet_proto::storage::Storage;
+use tercet_proto::storage::{Incomplete, Storage};
 use tercet_proto::{
-    Instant, NewReplica, ReplicaId, ReplicaState, StorageError, StorageEvent, Token, VolumeId,
+    Instant, NewReplica, Place, ReplicaId, ReplicaState, StorageError, StorageEvent, Token,
+    VolumeId,
 };
 
 use crate::api::{
     AssociationId, Control, ControlDone, ControlError, HostIdentity, HostRefusal, Input, Output,
     PeerId, ReplicaStatus, SwapOutcome,
 };
-use crate::cx::{Cx, Purpose, Sender};
+use crate::cx::{Cx, Kind, Purpose, Sender};
 use crate::lease::Pairs;
 use crate::options::Options;
 use crate::replica::Replica;
@@ -340,8 +341,12 @@ impl Node {
             Some(Purpose::Repair(volume)) => {
                 self.with(volume, now, storage, out, |r, cx| r.on_repair_done(token, &result, cx));
             }
-            Some(Purpose::Create(control, new)) => {
-                self.created((control, new), result, now, storage, out);
+            Some(Purpose::Create(control, new, kind)) => match (&result, kind) {
+                (Ok(()), Kind::Learner) => self.mark_learner(control, new.volume, storage),
+                _ => self.created((control, new.volume), result, now, storage, out),
+            },
+            Some(Purpose::Learner(control, volume)) => {
+                self.created((control, volume), result, now, storage, out);
             }
             Some(Purpose::Delete(control, volume)) => {
                 let answer = result.map(|()| ControlDone::Ok).map_err(ControlError::from);
@@ -358,36 +363,51 @@ impl Node {
     fn create(
         &mut self,
         token: Token,
-        new: NewReplica,
+        (new, kind): (NewReplica, Kind),
         storage: &mut dyn Storage,
         out: &mut Vec<Output>,
     ) {
-        if let Some(there) = storage.replica(new.volume) {
-            out.push(Output::ControlDone(token, Ok(made(&there))));
-        } else if self.tokens.is_changing(new.volume) {
+        let there = storage.replica(new.volume);
+        if self.tokens.is_changing(new.volume) {
             out.push(Output::ControlDone(token, Err(StorageError::Busy.into())));
+        } else if let Some(there) = there {
+            // Crash window: made and not marked. Nobody has been told its id, so nothing names it.
+            let unmarked = there.incomplete.is_none() && there.promise.is_none();
+            if kind == Kind::Learner && unmarked {
+                self.mark_learner(token, new.volume, storage);
+            } else {
+                out.push(Output::ControlDone(token, Ok(made(&there))));
+            }
         } else {
-            let own = self.tokens.issue(Purpose::Create(token, new.clone()));
+            let own = self.tokens.issue(Purpose::Create(token, new.clone(), kind));
             storage.create_replica(new, own);
         }
     }
 
+    /// M1: a learner is incomplete before anybody hears of it. An empty replica that is complete
+    /// would take the whole log, and of a clone that is not all (S3).
+    fn mark_learner(&mut self, control: Token, volume: VolumeId, storage: &mut dyn Storage) {
+        let own = self.tokens.issue(Purpose::Learner(control, volume));
+        let nothing = Incomplete::AcknowledgedUpTo(Place::EMPTY);
+        storage.set_incomplete(volume, Some(nothing), own);
+    }
+
     fn created(
         &mut self,
-        (control, new): (Token, NewReplica),
+        (control, volume): (Token, VolumeId),
         result: Result<(), StorageError>,
         now: Instant,
         storage: &mut dyn Storage,
         out: &mut Vec<Output>,
     ) {
-        let answer = match (result, storage.replica(new.volume)) {
+        let answer = match (result, storage.replica(volume)) {
             (Ok(()), Some(state)) => {
                 let mut cx = context!(self, now, storage, out);
                 let replica = Replica::new(&state, &mut cx);
-                self.replicas.insert(new.volume, replica);
+                self.replicas.insert(volume, replica);
                 Ok(made(&state))
             }
-            (Ok(()), None) => Err(StorageError::NoReplica(new.volume).into()),
+            (Ok(()), None) => Err(StorageError::NoReplica(volume).into()),
             (Err(error), _) => Err(error.into()),
         };
         out.push(Output::ControlDone(control, answer));
@@ -435,7 +455,12 @@ impl Node {
         out: &mut Vec<Output>,
     ) {
         let (volume, run): (_, Request) = match control {
-            Control::CreateReplica(new) => return self.create(token, new, storage, out),
+            Control::CreateReplica(new) => {
+                return self.create(token, (new, Kind::First), storage, out);
+            }
+            Control::CreateLearner(new) => {
+                return self.create(token, (new, Kind::Learner), storage, out);
+            }
             Control::DeleteReplica(volume, replica) => {
                 return self.delete(token, (volume, replica), now, storage, out);
             }

@@ -40,6 +40,10 @@ pub struct Timing {
     pub swap_answer: Duration,
     /// A hand-over that takes longer is called off.
     pub hand_over: Duration,
+    /// M1: while only the set before a change answers, for so long the change is not taken back.
+    pub abort_after: Duration,
+    /// C3: hosts that asked for nothing for so long leave a copy all of the bandwidth.
+    pub copy_quiet: Duration,
 }
 
 impl Default for Timing {
@@ -55,6 +59,8 @@ impl Default for Timing {
             announce_after: Duration::from_millis(5),
             swap_answer: Duration::from_secs(10),
             hand_over: Duration::from_secs(2),
+            abort_after: Duration::from_secs(5),
+            copy_quiet: Duration::from_millis(500),
         }
     }
 }
@@ -81,6 +87,8 @@ pub struct Limits {
     pub window_entries: usize,
     /// Snapshots, growths and the like that are not committed.
     pub controls: usize,
+    /// C3: bytes a second that a copy sends to a member while hosts are at work.
+    pub copy_busy_bytes_s: u64,
 }
 
 impl Default for Limits {
@@ -92,6 +100,7 @@ impl Default for Limits {
             held_commands: 1024,
             window_entries: 4096,
             controls: 64,
+            copy_busy_bytes_s: 32 << 20,
         }
     }
 }
@@ -136,6 +145,8 @@ pub enum Canary {
     AdoptOwn,
     /// T9: a missing replica counts as an empty one.
     EmptyReplica,
+    /// M1: while members change the new set's majority is enough.
+    NewSetAlone,
 }
 
 /// Everything a [`crate::Node`] is told at its start.

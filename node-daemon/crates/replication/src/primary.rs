@@ -58,7 +58,7 @@ pub(crate) struct Primary {
     /// In order of lsn; the first is the first that is not committed.
     pub window: VecDeque<Pending>,
     /// The no-op of this epoch, once it is appended (T6).
-    noop: Option<Lsn>,
+    pub noop: Option<Lsn>,
     /// Everything up to here is committed; nothing before the no-op is (T6).
     pub commit: Place,
     /// T7.
@@ -75,8 +75,7 @@ pub(crate) struct Primary {
 
 impl Primary {
     pub fn new(config: Config, own: ReplicaId, attachments_known: bool, now: Instant) -> Self {
-        let others = config.voters().filter(|member| member.replica != own);
-        let members = others.map(|member| MemberState::new(member, now)).collect();
+        let members = MemberState::of(&config, own, now);
         Self {
             config,
             members,
@@ -90,7 +89,7 @@ impl Primary {
             leaving: None,
             reads: 0,
             fence: None,
-            copies: Outgoing::new(),
+            copies: Outgoing::default(),
         }
     }
 
@@ -108,9 +107,15 @@ impl Primary {
     }
 
     /// An edit within the epoch is known: Active drops the old quorum (T7, M1).
-    pub fn edited(&mut self, config: Config) {
-        let own = |m: &MemberState| config.voters().any(|voter| voter.replica == m.replica);
-        self.members.retain(own);
+    /// Whoever has become a learner is asked for its promise at once.
+    pub fn edited(&mut self, config: Config, own: ReplicaId) {
+        let named = |m: &MemberState| config.everyone().any(|one| one.replica == m.replica);
+        self.members.retain(named);
+        for fresh in MemberState::of(&config, own, Instant(0)) {
+            if self.member(fresh.replica).is_none() {
+                self.members.push(fresh);
+            }
+        }
         self.config = config;
     }
 
@@ -316,6 +321,7 @@ impl Replica {
         self.serve(cx);
         self.check_lease(cx);
         self.want_active(cx);
+        self.tick_change(cx);
         self.retry_held(cx);
         self.leave(cx);
     }
@@ -345,5 +351,6 @@ impl Primary {
             *wanted = paced;
         }
         self.members.iter_mut().for_each(|member| member.forget_pace(paced));
+        self.copies.forget_pace(paced);
     }
 }

@@ -12,7 +12,7 @@ use tercet_proto::{
     Token, VolumeId,
 };
 
-use crate::api::{Ana, ControlDone, ControlError, Notice, Output, VolumeView};
+use crate::api::{Ana, ControlDone, ControlError, Notice, Output, Replacement, VolumeView};
 use crate::candidate::Candidate;
 use crate::copy_target::Incoming;
 use crate::cx::{Cx, Purpose, Sender};
@@ -81,6 +81,8 @@ pub(crate) struct Replica {
     pub incoming: Incoming,
     /// Blocks that are bad here (C4).
     pub repairs: Repairs,
+    /// The change of members that the object asks for (M1).
+    pub replacement: Option<Replacement>,
     /// When it wants a tick, if earlier than the next beat.
     pub deadline: Option<Instant>,
     ana: Ana,
@@ -110,6 +112,7 @@ impl Replica {
             handed_over: Vec::new(),
             incoming: Incoming::default(),
             repairs: Repairs::default(),
+            replacement: None,
             deadline: None,
             ana: Ana::Inaccessible,
         }
@@ -158,6 +161,7 @@ impl Replica {
             self.reading = None;
         }
         let config = view.config.clone();
+        self.replacement = view.replacement.clone();
         self.take_attachments(view, cx);
         let Some(config) = config else {
             return; // no config never means new
@@ -202,8 +206,9 @@ impl Replica {
             if let Role::Primary(primary) = &mut self.role
                 && primary.epoch() == config.epoch
             {
-                primary.edited(config.clone());
+                primary.edited(config.clone(), self.id);
                 self.advance(cx);
+                self.tick_members(cx);
             }
         }
     }

@@ -86,7 +86,7 @@ impl Replica {
         sealed: Vec<InstanceId>,
         cx: &mut Cx<'_>,
     ) {
-        let counts = config.voters().chain(&config.learners).any(|m| m.replica == self.id);
+        let counts = config.everyone().any(|m| m.replica == self.id);
         let fits = config.epoch == envelope.epoch
             && config.primary.instance == envelope.instance
             && config.primary.node == peer.node

@@ -121,12 +121,12 @@ impl Replica {
         let fresh = cx.options.timing.beat * OPINION_BEATS;
         let opinions = &self.watch.opinions;
         let counts = |opinion: &&Opinion| opinion.misses && cx.now.since(opinion.at) <= fresh;
-        let majority =
-            config.is_quorum(|r| r == self.id || opinions.get(&r).is_some_and(|o| counts(&o)));
-        if !majority {
+        let has = |r| r == self.id || opinions.get(&r).is_some_and(|o| counts(&o));
+        let majority = config.is_quorum(has).then(|| config.clone());
+        let Some(base) = majority.or_else(|| self.abort_due(has, cx)) else {
             self.watch.agreed = None;
             return;
-        }
+        };
         let agreed = *self.watch.agreed.get_or_insert(cx.now);
         let mine = self.report(cx);
         let complete = |o: &&Opinion| counts(o) && o.tail.incomplete.is_none();
@@ -142,7 +142,7 @@ impl Replica {
         if cx.now < at {
             self.wake(at);
         } else {
-            self.stand(&config, cx);
+            self.stand(&base, cx);
         }
     }
 
@@ -201,8 +201,9 @@ impl Replica {
     }
 
     /// T3: the whole old configuration for {epoch + 1, Recovering, primary = me}; both sets,
-    /// learners and the single copy are carried on.
-    fn stand(&mut self, config: &Config, cx: &mut Cx<'_>) {
+    /// learners and the single copy are carried on. Or, where a change of members is taken back, for
+    /// the one before it (M1).
+    pub fn stand(&mut self, config: &Config, cx: &mut Cx<'_>) {
         self.watch.stand_now = false;
         let epoch = config.epoch.max(self.promised_epoch()).next();
         let identity = &cx.options.identity;
@@ -213,7 +214,9 @@ impl Replica {
             restored: None,
             ..config.clone()
         };
-        cx.out.push(Output::Notice(self.volume, Notice::TakingOver(epoch)));
+        let aborts = self.known.as_ref().is_some_and(|k| k.config.members != new.members);
+        let notice = if aborts { Notice::AbortingChange } else { Notice::TakingOver };
+        cx.out.push(Output::Notice(self.volume, notice(epoch)));
         self.swap(new, cx);
     }
 

@@ -6,7 +6,7 @@ use tercet_proto::{
     BLOCK_BYTES, Config, ConfigState, Epoch, InstanceId, Lsn, Member, NodeName, Place, Primary,
     ReplicaId, SnapshotId, Source, VolumeId,
 };
-use tercet_replication::api::{Attachment, ControlError, SwapOutcome, VolumeView};
+use tercet_replication::api::{Attachment, ControlError, Replacement, SwapOutcome, VolumeView};
 use tonic::{Code, Status};
 use uuid::Uuid;
 
@@ -124,6 +124,15 @@ pub fn config_to_pb(config: &Config) -> pb::Config {
     }
 }
 
+fn replacement(wanted: &pb::Replacement) -> Result<Replacement, Status> {
+    let learner = wanted.learner.as_ref();
+    let learner = learner.ok_or_else(|| bad("view.replacement.learner", "missing"))?;
+    Ok(Replacement {
+        old: ReplicaId(uuid("view.replacement.old", &wanted.old)?),
+        learner: member("view.replacement.learner", learner)?,
+    })
+}
+
 /// What the agent saw of a Volume object.
 pub fn view(view: &pb::VolumeView) -> Result<VolumeView, Status> {
     let attachment = |attachment: &pb::Attachment| Attachment {
@@ -136,6 +145,7 @@ pub fn view(view: &pb::VolumeView) -> Result<VolumeView, Status> {
         size_blocks: blocks("view.size_bytes", view.size_bytes)?,
         fence: view.fence.map(|fence| (Epoch(fence.epoch), fence.generation)),
         generation: view.generation,
+        replacement: view.replacement.as_ref().map(replacement).transpose()?,
         consistent: view.consistent,
     })
 }

@@ -141,6 +141,10 @@ impl pb::engine_server::Engine for Service {
         let request = request.into_inner();
         let volume = convert::volume(&request.volume)?;
         let source = match &request.source {
+            Some(_) if request.learner => {
+                let why = "source: a learner is copied to, it starts from nothing (M1)";
+                return Err(Status::invalid_argument(why));
+            }
             Some(source) => {
                 let from = convert::volume(&source.volume)?;
                 if self.directory.shard_of(from)? != self.directory.shard_of(volume)? {
@@ -160,7 +164,9 @@ impl pb::engine_server::Engine for Service {
             source,
             incomplete: true,
         };
-        match self.directory.ask(volume, Control::CreateReplica(new)).await? {
+        let control =
+            if request.learner { Control::CreateLearner(new) } else { Control::CreateReplica(new) };
+        match self.directory.ask(volume, control).await? {
             ControlDone::Replica { replica, incomplete } => {
                 let replica = replica.to_string();
                 Ok(Response::new(pb::CreateReplicaResponse { replica, incomplete }))

@@ -1,7 +1,7 @@
 //! What the engine says of itself, as the control API has it.
 
 use tercet_proto::BLOCK_BYTES;
-use tercet_replication::api::MemberStatus;
+use tercet_replication::api::{CopyStatus, MemberStatus};
 
 use super::convert::config_to_pb;
 use super::directory::Directory;
@@ -112,6 +112,16 @@ fn member(member: &MemberStatus) -> pb::MemberStatus {
         in_sync: member.in_sync,
         lag_bytes: member.lag_bytes,
         incomplete: member.incomplete,
+        learner: member.learner,
+        copy: member.copy.as_ref().map(copy),
+    }
+}
+
+fn copy(copy: &CopyStatus) -> pb::CopyStatus {
+    pb::CopyStatus {
+        done_bytes: copy.done_blocks * BLOCK_BYTES as u64,
+        total_bytes: copy.total_blocks * BLOCK_BYTES as u64,
+        sent_bytes: copy.sent_bytes,
     }
 }
 

@@ -47,6 +47,8 @@ pub(super) struct Hosts {
     effects: Vec<Effect>,
     associations: HashMap<AssociationId, Association>,
     anas: HashMap<VolumeId, Ana>,
+    /// Which share of the CNTLIDs each exported volume has here.
+    exported: HashMap<VolumeId, usize>,
     /// Connections that are being moved to another reactor, and which.
     moving: HashMap<StreamId, (usize, Detached)>,
     /// Connections that are not read from until there is room.
@@ -71,6 +73,7 @@ impl Hosts {
             effects: Vec::new(),
             associations: HashMap::new(),
             anas: HashMap::new(),
+            exported: HashMap::new(),
             moving: HashMap::new(),
             held: Vec::new(),
             commands: [0; 3],
@@ -123,7 +126,9 @@ impl Hosts {
         }
     }
 
-    /// Exports the volume, once it is known which of its members this is (rule H1).
+    /// Exports the volume, once it is known which of its members this is (rule H1). A learner is
+    /// none yet. Who takes a member's place takes its CNTLIDs; while both are there, the one that
+    /// goes gets others, and its hosts connect anew.
     pub(super) fn export(
         &mut self,
         volume: VolumeId,
@@ -131,21 +136,24 @@ impl Hosts {
         config: &Config,
         node: &NodeName,
     ) {
-        if self.target.has_volume(volume) {
+        let member = config.voters().position(|member| member.node == *node);
+        if self.exported.get(&volume) == member.as_ref() {
             return;
         }
-        let voters = config.voters().chain(&config.learners);
-        let Some(member) = voters.map(|member| &member.node).position(|name| name == node) else {
-            return;
-        };
+        if self.exported.remove(&volume).is_some() {
+            self.target.remove_volume(volume, &mut self.effects);
+        }
+        let Some(member) = member else { return };
+        self.exported.insert(volume, member);
         let ana = self.anas.get(&volume).copied().unwrap_or(Ana::Inaccessible);
         let range = CntlidRange::of_member(u16::try_from(member).expect("few members"));
         self.target.add_volume(volume, blocks, target_ana(ana), range);
-        debug!(%volume, blocks, "exported");
+        debug!(%volume, blocks, member, "exported");
     }
 
     pub(super) fn withdraw(&mut self, volume: VolumeId) {
         self.anas.remove(&volume);
+        self.exported.remove(&volume);
         self.target.remove_volume(volume, &mut self.effects);
     }
 }

@@ -304,6 +304,17 @@ impl Core {
             ShardNotice::Filled => {
                 ("Filled", format!("the replica on {node} has its snapshot's blocks"), false)
             }
+            ShardNotice::Learning(learner) => {
+                ("Rebuilding", format!("a replica is copied to {learner}"), false)
+            }
+            ShardNotice::Changing(old, fresh) => {
+                ("MembersChange", format!("{fresh} takes the place of {old}"), false)
+            }
+            ShardNotice::AbortingChange(epoch) => (
+                "ChangeAborted",
+                format!("too few of the new members answer: epoch {epoch} has those of before"),
+                true,
+            ),
             ShardNotice::Copied => {
                 ("Copied", format!("the replica on {node} is complete again"), false)
             }
@@ -338,6 +349,7 @@ impl Core {
         if let Some(promise) = &replica.promise {
             let node = &self.directory.node;
             self.hosts.export(volume, replica.size_blocks, &promise.config, node);
+            self.carry_out_hosts();
         }
     }
 

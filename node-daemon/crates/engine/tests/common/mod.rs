@@ -201,6 +201,7 @@ impl Cluster {
                 name: "pvc-test".into(),
                 size_bytes,
                 source: None,
+                learner: false,
             };
             let replica = agent.create_replica(request).await;
             members.push(pb::Member { node: node.name.clone(), replica });

@@ -29,6 +29,7 @@ impl Object {
             fence: None,
             consistent,
             generation: self.generation,
+            replacement: None,
         }
     }
 }

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use store::MemStore;
+use tercet_proto::config::MEMBERS_MAX;
 use tercet_proto::message::Message;
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, Config, ConfigState, Epoch, InstanceId, Instant, Member, NodeName,
@@ -187,7 +188,7 @@ impl Cluster {
 
     /// The operator's first configuration (T9).
     pub fn create(&mut self, leader: usize) {
-        let members = self.machines.iter();
+        let members = self.machines.iter().take(MEMBERS_MAX);
         let members = members.map(|m| Member { node: m.name.clone(), replica: m.replica });
         let lead = &self.machines[leader];
         self.object.config = Some(Config {
