@@ -43,6 +43,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.refuse_configure: str | None = None
         self.refuse_create: tuple[grpc.StatusCode, str] | None = None
         self.links: dict[str, bool] = {}
+        self.standings: dict[str, str] = {}
         self._events: asyncio.Queue[pb.EngineEvent] = asyncio.Queue()
         self._tokens = 0
         self._lsn = 0
@@ -176,6 +177,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     async def ReportSwap(self, request, context):
         self.reports.put_nowait(request)
         return pb.ReportSwapResponse()
+
+    async def ObservePeers(self, request, context):
+        self.standings = {peer.node: peer.standing for peer in request.peers}
+        return pb.ObservePeersResponse()
 
     async def Status(self, request, context):
         device = pb.DeviceStatus(id="d0", state="Ready", capacity_bytes=DEVICE_BYTES)

@@ -9,16 +9,19 @@ from dataclasses import replace
 import grpc
 import grpc.aio
 import pytest
-from node_members_world import WAIT_S, World
+from node_fake_engine import FakeEngine
+from node_members_world import WAIT_S, World, node_object
 
 from tercet_api.objects import Metadata, StorageNode, StorageNodeSpec, StorageNodeStatus
 from tercet_api.protos import agent_pb2, agent_pb2_grpc
 from tercet_e2e.swarm import Site, Swarm, until
 from tercet_node import configure, nodestatus, server
+from tercet_node.engine import Engine
 from tercet_node.errors import EngineAway
 from tercet_node.members import service
 from tercet_node.members.sight import Sight, Standing
 from tercet_node.membership import CommandError, State
+from tercet_node.session import Session
 from tercet_node.world import World as Known
 
 
@@ -117,6 +120,29 @@ async def test_what_is_seen_of_a_list(agent):
         "membership": {"nid": 0, "size": 3, "digest": f"{agent.members.digest:032x}"}
     }
     assert nodestatus.membership(None) == {}
+    nodes = [node_object(f"n{nid}", entry) for nid, entry in enumerate(entries)]
+    assert sight.standings(nodes) == {"n1": "Dead", "n2": "Dead"}
+
+
+async def test_the_engine_hears_what_is_held_of_its_peers(agent, tmp_path):
+    """A hint for its status: over the real socket, and nothing when nothing changes."""
+    entries = agent.site.entries
+    known = Known("n0")
+    known.nodes = {f"n{nid}": node_object(f"n{nid}", entry) for nid, entry in enumerate(entries)}
+    agent.show(0, 1)
+    await until(lambda: len(agent.members) == 2, WAIT_S)
+    known.membership = agent.membership.sight()
+    async with FakeEngine(tmp_path / "e.sock", "n0") as engine, Engine(tmp_path / "e.sock") as to:
+        session = Session(to, known, None)
+        hinting = asyncio.create_task(session._hint())
+        try:
+            await until(lambda: engine.standings == {"n1": "Alive"}, WAIT_S)
+            known.membership = replace(known.membership, dead=0b10)
+            session.standings_changed()
+            await until(lambda: engine.standings == {"n1": "Dead"}, WAIT_S)
+        finally:
+            hinting.cancel()
+            await asyncio.gather(hinting, return_exceptions=True)
 
 
 async def test_the_engine_is_told_the_newest_address_that_the_operator_has_signed(agent):

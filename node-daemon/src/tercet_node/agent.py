@@ -234,6 +234,7 @@ class Agent:
         if (before and before.digest) != (now and now.digest):
             self.session.nodes_changed()
             self._own.mark(self.world.node)
+        self.session.standings_changed()
 
     # -------------------------------------------------------------- what the engine says
 

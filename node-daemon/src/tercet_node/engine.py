@@ -7,7 +7,7 @@ again. Nothing is retried here: each caller knows for how long its question make
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -136,6 +136,12 @@ class Engine:
         """Answer a SwapRequested. Raises EngineError."""
         request = pb.ReportSwapRequest(token=token, outcome=outcome, view=view)
         await _ask("ReportSwap", self._calls.ReportSwap, request)
+
+    async def observe_peers(self, standings: Mapping[str, str]) -> None:
+        """Say what the membership holds of each peer: a hint, for Status. Raises EngineError."""
+        peers = [pb.PeerSight(node=node, standing=said) for node, said in standings.items()]
+        request = pb.ObservePeersRequest(peers=peers)
+        await _ask("ObservePeers", self._calls.ObservePeers, request)
 
     async def status(self) -> pb.StatusResponse:
         """Devices, replicas, links and counters as they are now. Raises EngineError."""

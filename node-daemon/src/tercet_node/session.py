@@ -54,12 +54,17 @@ class Session:
         self._cluster_id = ""
         self._changed = asyncio.Event()
         self._nodes_changed = asyncio.Event()
+        self._standings_changed = asyncio.Event()
         self.answered_s = float("-inf")
         """When the engine answered last, on the loop's clock."""
 
     def nodes_changed(self) -> None:
         """A StorageNode is new, changed or gone."""
         self._nodes_changed.set()
+
+    def standings_changed(self) -> None:
+        """The membership holds something else of somebody."""
+        self._standings_changed.set()
 
     async def refresh(self) -> pb.StatusResponse:
         """Ask the engine for its Status now. Raises EngineError."""
@@ -122,6 +127,7 @@ class Session:
             group.create_task(self._events(state, group), name="events")
             group.create_task(self._statuses(), name="statuses")
             group.create_task(self._reconfigure(request), name="reconfigure")
+            group.create_task(self._hint(), name="hint")
 
     async def _events(self, state: EngineState, group: asyncio.TaskGroup) -> None:
         async for event in self._engine.events():
@@ -157,6 +163,24 @@ class Session:
                     await self._changed.wait()
             except TimeoutError:
                 continue
+            await asyncio.sleep(STATUS_PAUSE_S)
+
+    async def _hint(self) -> None:
+        """Tell the engine what the membership holds of its peers."""
+        told: dict[str, str] = {}
+        while True:
+            self._standings_changed.clear()
+            sight, names = self._world.membership, self._world.nodes
+            standings = {} if sight is None else sight.standings(names.values())
+            if standings != told:
+                try:
+                    await self._engine.observe_peers(standings)
+                except Rejected as error:
+                    # An engine of an older version, until it is updated as well: it needs no hint.
+                    log.info("the engine takes no hints", error=str(error))
+                    return
+                told = standings
+            await self._standings_changed.wait()
             await asyncio.sleep(STATUS_PAUSE_S)
 
     async def _reconfigure(self, told: pb.ConfigureRequest) -> None:

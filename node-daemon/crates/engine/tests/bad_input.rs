@@ -135,6 +135,32 @@ async fn impossible_configurations_are_refused_by_field() {
 }
 
 #[tokio::test]
+async fn what_the_membership_holds_of_peers_is_shown_and_nothing_else_comes_of_it() {
+    let cluster = Cluster::start("hints");
+    device(&cluster, 0, |device| device.state == "Ready").await;
+    let agent = cluster.agent_of(0);
+    let mut client = agent.client().await.expect("connected");
+    let sight = |node: &str, standing: &str| pb::PeerSight {
+        node: node.to_owned(),
+        standing: standing.to_owned(),
+    };
+    let said = || async {
+        let status = agent.status().await.expect("a status");
+        status.links.into_iter().map(|link| (link.node, link.membership)).collect::<Vec<_>>()
+    };
+    let odd = pb::ObservePeersRequest { peers: vec![sight("node-2", "Unwell")] };
+    let refused = client.observe_peers(odd).await.expect_err("no such standing");
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    let peers = vec![sight("node-2", "Dead"), sight("elsewhere", "Alive")];
+    client.observe_peers(pb::ObservePeersRequest { peers }).await.expect("taken");
+    let links = said().await;
+    assert!(links.contains(&("node-2".to_owned(), "Dead".to_owned())), "{links:?}");
+    assert!(links.contains(&("node-3".to_owned(), String::new())), "{links:?}");
+    client.observe_peers(pb::ObservePeersRequest { peers: vec![] }).await.expect("taken");
+    assert!(said().await.iter().all(|(_, membership)| membership.is_empty()), "all forgotten");
+}
+
+#[tokio::test]
 async fn a_locked_device_is_waited_for_and_a_damaged_one_is_left_alone() {
     let mut cluster = Cluster::prepare("devices", 1, |number, dir| {
         let path = dir.join("device");

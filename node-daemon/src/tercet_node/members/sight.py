@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tercet_api.objects import StorageNode
 from tercet_node.members.roster import host_port
 from tercet_node.membership import Entry, Nid, Node, NodeList
 
@@ -64,6 +66,16 @@ class Sight:
         if self.dead >> entry.nid & 1:
             return Standing.DEAD
         return Standing.SUSPECTED if entry.nid in self.suspected else Standing.ALIVE
+
+    def standings(self, nodes: Iterable[StorageNode]) -> dict[str, str]:
+        """Of the other members, by name."""
+        by_uid = {node.uid: node.name for node in nodes}
+        found = {}
+        for entry in self.members:
+            name = by_uid.get(str(uuid.UUID(bytes=entry.node)))
+            if name is not None and entry.present and entry.nid != self.nid:
+                found[name] = self.standing(entry).value
+        return found
 
     def find(self, uid: str) -> Entry | None:
         """The newest entry of a StorageNode."""

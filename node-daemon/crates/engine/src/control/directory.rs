@@ -1,5 +1,6 @@
 //! How the control thread reaches reactors and shards.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -77,6 +78,7 @@ pub struct Directory {
     /// The replica of all threads that are no reactor; no reactor takes this lock.
     own: Mutex<Replica<Table>>,
     devices: Mutex<Vec<DeviceState>>,
+    standings: Mutex<BTreeMap<String, String>>,
 }
 
 impl Directory {
@@ -88,8 +90,9 @@ impl Directory {
         reactors: Reactors,
     ) -> Self {
         let table = NodeReplicated::new(Table::default(), Options::default());
-        let (own, devices) = (Mutex::new(table.replica("control")), Mutex::default());
-        Self { node, instance, proven_exits, reactors, table, own, devices }
+        let own = Mutex::new(table.replica("control"));
+        let (devices, standings) = (Mutex::default(), Mutex::default());
+        Self { node, instance, proven_exits, reactors, table, own, devices, standings }
     }
 
     /// A reactor's own replica of the table.
@@ -141,6 +144,17 @@ impl Directory {
     /// Changes what is known of the devices.
     pub fn update_devices(&self, change: impl FnOnce(&mut Vec<DeviceState>)) {
         change(&mut self.devices.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What the membership holds of peers by node: for Status, a hint for people.
+    pub fn set_standings(&self, standings: BTreeMap<String, String>) {
+        *self.standings.lock().unwrap_or_else(PoisonError::into_inner) = standings;
+    }
+
+    /// What it holds of one; empty: nothing.
+    pub fn standing(&self, node: &str) -> String {
+        let standings = self.standings.lock().unwrap_or_else(PoisonError::into_inner);
+        standings.get(node).cloned().unwrap_or_default()
     }
 
     /// The shard of a volume; UNAVAILABLE while the engine has been told nothing.

@@ -28,6 +28,9 @@ const HAND_OVER: Duration = Duration::from_secs(3);
 /// Bytes of a row of `Storage::chunk_sums`.
 const CHUNK_SUM_BYTES: usize = 12;
 
+/// What the membership may hold of a peer.
+const STANDINGS: [&str; 3] = ["Alive", "Suspected", "Dead"];
+
 /// The control API of one engine.
 pub struct Service {
     directory: Arc<Directory>,
@@ -291,6 +294,19 @@ impl pb::engine_server::Engine for Service {
             self.outbox.swap_answered(id);
         }
         Ok(Response::new(pb::ReportSwapResponse {}))
+    }
+
+    async fn observe_peers(
+        &self,
+        request: Request<pb::ObservePeersRequest>,
+    ) -> Result<Response<pb::ObservePeersResponse>, Status> {
+        let peers = request.into_inner().peers;
+        if let Some(peer) = peers.iter().find(|p| !STANDINGS.contains(&p.standing.as_str())) {
+            let said = format!("{}: {:?} is not one of {STANDINGS:?}", peer.node, peer.standing);
+            return Err(Status::invalid_argument(said));
+        }
+        self.directory.set_standings(peers.into_iter().map(|p| (p.node, p.standing)).collect());
+        Ok(Response::new(pb::ObservePeersResponse {}))
     }
 
     async fn status(

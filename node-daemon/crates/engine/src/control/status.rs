@@ -137,6 +137,7 @@ fn links(directory: &Directory, reactors: &[ReactorStatus]) -> Vec<pb::LinkStatu
         node: node.clone(),
         up: up(node).is_some(),
         instance: up(node).map(|(_, instance)| instance.to_string()).unwrap_or_default(),
+        membership: directory.standing(node),
     };
     plan.peers.iter().map(|peer| link(&peer.node)).collect()
 }
