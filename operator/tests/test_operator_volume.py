@@ -326,7 +326,7 @@ def test_what_makes_it_unavailable_or_degraded() -> None:
     for found, there, why, phase in cases:
         actions = decide(found, there, NOW)
         assert (reason(actions, "Ready"), written(actions)["phase"]) == (why, phase)
-        assert {type(a) for a in actions} <= {WriteStatus, Notice}
+        assert {type(a) for a in actions} <= {WriteStatus, Notice, LookAgain}
     one_behind = base.model_copy(deep=True)
     one_behind.status.replicas[2].state = ReplicaPhase.LAGGING
     actions = decide(one_behind, world(*nodes(), one_behind), NOW)

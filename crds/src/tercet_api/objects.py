@@ -22,6 +22,8 @@ from tercet_api.names import API_VERSION, UUID_PATTERN
 MEMBERS_MAX = 3
 REPLICAS_MAX = 8
 """Entries of status.replicas: members, learners and those that are still to be deleted."""
+SECONDS_LEFT_MAX = 10_000_000
+"""Longest rest of a rebuild that is shown."""
 BLOCK_BYTES = 4096
 VOLUME_BYTES_MIN = 4 * 1024 * 1024
 VOLUME_BYTES_MAX = 64 * 1024**4
@@ -417,8 +419,10 @@ class ReplicaPhase(StrEnum):
     UNREACHABLE = "Unreachable"
     FAILED = "Failed"
     """It could not be made; `message` says why."""
+    FORMER = "Former"
+    """No member any more, or never became one: its agent deletes it when it can (M2)."""
     DELETED = "Deleted"
-    """The agent has deleted it; only while the object is being deleted."""
+    """The agent has deleted it: the object is being deleted, or it was a former one."""
 
 
 class VolumeReplica(Model):
@@ -427,8 +431,13 @@ class VolumeReplica(Model):
     node: NodeName
     replica: Uuid | None = None
     state: ReplicaPhase
+    replaces: Uuid | None = None
+    """The member whose place it shall take, until it has (M1)."""
     lag_bytes: Bytes = 0
     rebuild_percent: Percent | None = None
+    """While it is copied to: how much of the volume and its snapshots is equal already."""
+    rebuild_bytes_per_second: Bytes | None = None
+    rebuild_seconds_left: Annotated[int, Field(ge=0, le=SECONDS_LEFT_MAX)] | None = None
     message: Text = ""
 
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tercet_api.objects import Attachment, Config, ConfigState, Fence, Member, Primary, Volume
+from tercet_api.objects import (
+    Attachment,
+    Config,
+    ConfigState,
+    Fence,
+    Member,
+    Primary,
+    ReplicaPhase,
+    Volume,
+)
 from tercet_node.protos import engine_pb2 as pb
 
 _STATES = {ConfigState.RECOVERING: pb.Config.RECOVERING, ConfigState.ACTIVE: pb.Config.ACTIVE}
@@ -53,6 +62,7 @@ def view(
     *,
     generation: int,
     consistent: bool,
+    replacement: pb.Replacement | None = None,
 ) -> pb.VolumeView:
     """What the engine is to know of a Volume object."""
     return pb.VolumeView(
@@ -65,7 +75,22 @@ def view(
         fence=pb.Fence(epoch=fence.epoch, generation=fence.generation) if fence else None,
         consistent=consistent,
         generation=generation,
+        replacement=replacement,
     )
+
+
+def replacement(volume: Volume) -> pb.Replacement | None:
+    """The change of members that the operator asks for, once the newcomer has its id (M1).
+
+    One at a time: the first, in the order of the list. Whether it fits the configuration, and when
+    it is due, the engine decides.
+    """
+    waits = {ReplicaPhase.FORMER, ReplicaPhase.FAILED, ReplicaPhase.DELETED}
+    for entry in volume.status.replicas:
+        if entry.replaces and entry.replica and entry.state not in waits:
+            learner = pb.Member(node=entry.node, replica=entry.replica)
+            return pb.Replacement(old=entry.replaces, learner=learner)
+    return None
 
 
 def volume_view(volume: Volume, *, consistent: bool) -> pb.VolumeView:
@@ -77,6 +102,7 @@ def volume_view(volume: Volume, *, consistent: bool) -> pb.VolumeView:
         volume.status.fence,
         generation=volume.metadata.generation,
         consistent=consistent,
+        replacement=replacement(volume),
     )
 
 

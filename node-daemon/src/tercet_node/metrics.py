@@ -94,6 +94,23 @@ def _replicas(status: pb.StatusResponse) -> Iterable[Metric]:
         epoch.add_metric([replica.name], float(replica.epoch))
     yield serving
     yield epoch
+    yield from _copies(status)
+
+
+def _copies(status: pb.StatusResponse) -> Iterable[Metric]:
+    """What is rebuilt from here (C3); the rate is that of the counter."""
+    labels = ["volume", "node"]
+    for name, text, field in (
+        ("tercet_rebuild_total_bytes", "Size of the volume and its snapshots", "total_bytes"),
+        ("tercet_rebuild_done_bytes", "What is equal already", "done_bytes"),
+        ("tercet_rebuild_sent_bytes", "What was sent in this epoch", "sent_bytes"),
+    ):
+        family = GaugeMetricFamily(name, text, labels=labels)
+        for replica in status.replicas[:SERIES_MAX]:
+            for member in replica.members:
+                if member.HasField("copy"):
+                    family.add_metric([replica.name, member.node], getattr(member.copy, field))
+        yield family
 
 
 def _counters(status: pb.StatusResponse) -> Iterable[Metric]:

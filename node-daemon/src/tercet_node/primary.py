@@ -20,11 +20,22 @@ swap that made it one (T7), and everything before its first entry is committed (
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from tercet_api.clients import Json, expect, put
-from tercet_api.objects import Config, Fence, ReplicaPhase, Volume, VolumeReplica
+from tercet_api.objects import (
+    SECONDS_LEFT_MAX,
+    Config,
+    Fence,
+    ReplicaPhase,
+    Volume,
+    VolumeReplica,
+)
 from tercet_node.protos import engine_pb2 as pb
+from tercet_node.rates import Rate
+from tercet_node.replicas import LEARNS, NOT_REBUILDING
+from tercet_node.views import config_members
 
 QUIET_S = 5.0
 """Least time between two writes for figures alone (bytes, lag)."""
@@ -41,6 +52,8 @@ class Serving:
     replica: pb.ReplicaStatus
     links: Mapping[str, bool]
     """Whether the replication link to a node is up."""
+    rates: Mapping[str, Rate] = field(default_factory=dict)
+    """How fast replicas are copied to, by their ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,24 +107,38 @@ def status_patch(volume: Volume, serving: Serving) -> Patch | None:
 
 def _entry(config: Config, entry: VolumeReplica, serving: Serving) -> VolumeReplica:
     """An entry of status.replicas as the primary sees that replica."""
-    counted = {member.replica for member in config.members}
-    if entry.replica is None or entry.replica not in counted:
+    named = {member.replica for member in config_members(config)}
+    if entry.replica is None or entry.replica not in named:
         return entry
+    shown: dict[str, Any] = {"lag_bytes": 0, "message": "", **NOT_REBUILDING}
     if entry.replica == serving.replica.replica:
-        return entry.model_copy(
-            update={"state": ReplicaPhase.IN_SYNC, "lag_bytes": 0, "message": ""}
-        )
+        return entry.model_copy(update={**shown, "state": ReplicaPhase.IN_SYNC})
     found = next((m for m in serving.replica.members if m.replica == entry.replica), None)
-    lag_bytes = found.lag_bytes if found is not None else entry.lag_bytes
-    if found is not None and found.in_sync:
-        state, lag_bytes = ReplicaPhase.IN_SYNC, 0
-    elif found is not None and found.incomplete and serving.links.get(entry.node, False):
-        state = ReplicaPhase.REBUILDING
-    elif serving.links.get(entry.node, False):
-        state = ReplicaPhase.LAGGING
-    else:
-        state = ReplicaPhase.UNREACHABLE
-    return entry.model_copy(update={"state": state, "lag_bytes": lag_bytes, "message": ""})
+    linked = serving.links.get(entry.node, False)
+    if found is not None and found.in_sync and not found.learner:
+        return entry.model_copy(update={**shown, "state": ReplicaPhase.IN_SYNC})
+    shown["lag_bytes"] = found.lag_bytes if found is not None else entry.lag_bytes
+    shown["state"] = ReplicaPhase.LAGGING if linked else ReplicaPhase.UNREACHABLE
+    if linked and found is not None and (found.incomplete or found.learner):
+        shown |= {"state": ReplicaPhase.REBUILDING, **_rebuilding(found, serving)}
+    return entry.model_copy(update=shown)
+
+
+def _rebuilding(member: pb.MemberStatus, serving: Serving) -> dict[str, Any]:
+    """How far a copy is (C3). Who is complete lacks the log's end at most."""
+    if not member.HasField("copy"):
+        if not member.incomplete:
+            return {"rebuild_percent": 100}
+        return {"message": LEARNS if member.learner else ""}
+    copy, rate = member.copy, serving.rates.get(member.replica)
+    percent = copy.done_bytes * 100 // copy.total_bytes if copy.total_bytes else 0
+    speed = rate.sent_per_s if rate is not None else None
+    left_s = rate.seconds_left(copy.total_bytes) if rate is not None else None
+    return {
+        "rebuild_percent": min(99, percent),
+        "rebuild_bytes_per_second": None if speed is None else round(speed),
+        "rebuild_seconds_left": None if left_s is None else min(left_s, SECONDS_LEFT_MAX),
+    }
 
 
 def _same_epoch(volume: Volume, config: Config) -> list[Json]:

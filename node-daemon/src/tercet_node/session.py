@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from tercet_node import configure
+from tercet_node import configure, rates
 from tercet_node.engine import Engine
 from tercet_node.errors import EngineAway, EngineError, NoSpace, OutcomeUnknown, Rejected
 from tercet_node.keyed import pause_s
@@ -76,6 +76,7 @@ class Session:
         before = state.status
         state.status = status
         state.told = {replica.volume: replica for replica in status.replicas}
+        state.rates = rates.follow_all(state.rates, status, self.answered_s)
         self._to.status(before, status)
         return status
 

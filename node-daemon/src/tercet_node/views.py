@@ -84,13 +84,12 @@ def answered_view(shown: Shown | None, answer: Volume) -> pb.VolumeView:
     spec is the newer truth (generation grows with each change of spec), the answer's config is
     what the engine asked about.
     """
-    newest = answer
-    if (
-        shown is not None
-        and shown.volume.uid == answer.uid
-        and shown.volume.metadata.generation > answer.metadata.generation
-    ):
-        newest = shown.volume
+    newest = latest = answer
+    if shown is not None and shown.volume.uid == answer.uid:
+        if shown.volume.metadata.generation > answer.metadata.generation:
+            newest = shown.volume
+        if version(shown.volume) > version(answer):
+            latest = shown.volume
     return convert.view(
         answer.status.config,
         newest.spec.attachments,
@@ -98,6 +97,7 @@ def answered_view(shown: Shown | None, answer: Volume) -> pb.VolumeView:
         answer.status.fence,
         generation=newest.metadata.generation,
         consistent=True,
+        replacement=convert.replacement(latest),
     )
 
 

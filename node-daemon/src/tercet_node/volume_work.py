@@ -224,14 +224,15 @@ class VolumeWork:
     async def replicas(self, name: str) -> float | None:
         """Make, report or delete this node's replica: one step, then look again."""
         volume, state = self._world.volumes.get(name), self._world.engine
-        if volume is None or state is None or not self._due(volume):
+        if volume is None or state is None or state.status is None or not self._due(volume):
             return None
         try:
             volume = await self._volumes.get(name)
         except NotFound:
             return None
-        if volume.deletion_allowed:
-            # What was made just before an agent's crash must be known before it is denied.
+        if volume.deletion_allowed or volume.status.config is not None:
+            # What was made just before an agent's crash must be known before it is denied; and what
+            # a replica has promised is read after the configuration that does not name it (M2).
             await self._refresh()
         held = self._world.held_as(volume)
         step = replicas.decide(volume, self._world.node, held, self._world.snapshots)
@@ -241,11 +242,12 @@ class VolumeWork:
             case replicas.Report(index, entry):
                 await self._volumes.patch_status(name, replicas.patch(volume, index, entry))
             case replicas.Delete(replica, index, entry):
-                assert volume.deletion_allowed, f"volume {name} may not be deleted"
+                assert volume.deletion_allowed or replicas.is_stray(volume, replica), name
                 assert volume.spec.uuid is not None
                 log.info("deleting replica", volume=name, replica=replica)
                 await self._engine.delete_replica(volume.spec.uuid, replica)
-                await self._volumes.patch_status(name, replicas.patch(volume, index, entry))
+                if entry is not None:
+                    await self._volumes.patch_status(name, replicas.patch(volume, index, entry))
                 await self._refresh()
             case replicas.Wait(reason):
                 log.info("replica waits", volume=name, reason=reason)

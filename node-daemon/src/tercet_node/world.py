@@ -7,12 +7,15 @@ again from the API server and the engine (crash-only).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from tercet_api.objects import Fence, Snapshot, StorageNode, Volume
 from tercet_node.members.sight import Sight
 from tercet_node.primary import Serving
 from tercet_node.protos import engine_pb2 as pb
+from tercet_node.rates import Rate
 from tercet_node.views import Shown
 
 
@@ -26,6 +29,8 @@ class EngineState:
     """By volume name: the newest sight that this engine has been shown."""
     told: dict[str, pb.ReplicaStatus] = field(default_factory=dict)
     """By volume UUID: the replicas of the last Status."""
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """By replica id: how fast this engine copies to it."""
     fenced: dict[str, Fence] = field(default_factory=dict)
     """By volume UUID: the newest fence that the engine has confirmed (H5)."""
 
@@ -78,10 +83,15 @@ class World:
         held = self.held_as(volume)
         if self.engine is None or self.engine.status is None or held is None or not held.serving:
             return None
-        return serving(self.node, self.engine.status, held)
+        return serving(self.node, self.engine.status, held, self.engine.rates)
 
 
-def serving(node: str, status: pb.StatusResponse, held: pb.ReplicaStatus) -> Serving:
+def serving(
+    node: str,
+    status: pb.StatusResponse,
+    held: pb.ReplicaStatus,
+    rates: Mapping[str, Rate] = MappingProxyType({}),
+) -> Serving:
     """How the primary rules see an engine's answer."""
     links = {link.node: link.up for link in status.links}
-    return Serving(node, status.instance, held, links)
+    return Serving(node, status.instance, held, links, rates)

@@ -19,6 +19,7 @@ MESSAGE_CHARS_MAX = 1024
 READY = "Ready"
 PLACED = "Placed"
 DEGRADED = "Degraded"
+REBUILDING = "Rebuilding"
 DELETING = "Deleting"
 
 

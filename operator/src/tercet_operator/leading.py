@@ -42,11 +42,11 @@ class LeadershipLost(Exception):
 class Operator:
     """A candidate, and the leader while it is elected."""
 
-    def __init__(self, api: Api, kubeconfig: Path | None, namespace: str) -> None:
+    def __init__(self, api: Api, kubeconfig: Path | None, namespace: str, world: World) -> None:
         self._api = api
         self._kubeconfig = kubeconfig
         self._metrics = Metrics()
-        self._world = World()
+        self._world = world
         identity = f"{socket.gethostname()}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
         self._election = Election(leases(api, namespace), OPERATOR_LEASE, identity)
         self._reconciler = Reconciler(api, self._world, self._metrics)

@@ -59,9 +59,17 @@ def obstacle(node: StorageNode, volume: Volume, world: World, now: Moment) -> st
 
 
 def choose(
-    volume: Volume, world: World, now: Moment, count: int, only: Sequence[str] | None = None
+    volume: Volume,
+    world: World,
+    now: Moment,
+    count: int,
+    only: Sequence[str] | None = None,
+    leaving: str | None = None,
 ) -> list[str] | Unplaceable:
-    """`count` further nodes for a volume, of `only` where that is given (S3: a clone)."""
+    """`count` further nodes for a volume, of `only` where that is given (S3: a clone).
+
+    leaving: the node whose replica goes: what it is spread from is what stays.
+    """
     names = sorted(world.nodes if only is None else set(only))
     obstacles: dict[str, str] = {}
     candidates: list[StorageNode] = []
@@ -78,11 +86,15 @@ def choose(
             f"{count} more node(s) wanted for {volume.spec.size_bytes} bytes each, "
             f"{len(candidates)} of {len(names)} will do" + (f": {why_not}" if why_not else "")
         )
-    return _spread(volume, world, candidates, count)
+    return _spread(volume, world, candidates, count, leaving)
 
 
 def _spread(
-    volume: Volume, world: World, candidates: Sequence[StorageNode], count: int
+    volume: Volume,
+    world: World,
+    candidates: Sequence[StorageNode],
+    count: int,
+    leaving: str | None,
 ) -> list[str]:
     key, preferred = volume.spec.placement.topology_key, volume.spec.placement.preferred_node
 
@@ -90,7 +102,9 @@ def _spread(
         return node.spec.topology.get(key) if node is not None and key is not None else None
 
     rooms = {node.name: room_bytes(node, world.volumes.values()) for node in candidates}
-    kept = [e.node for e in volume.status.replicas if e.state is not ReplicaPhase.FAILED]
+    gone = {ReplicaPhase.FAILED, ReplicaPhase.FORMER, ReplicaPhase.DELETED}
+    standing = [e for e in volume.status.replicas if e.state not in gone]
+    kept = [e.node for e in standing if e.node != leaving]
     used = Counter(domain(world.nodes.get(name)) for name in kept)
     chosen: list[str] = []
     left = list(candidates)

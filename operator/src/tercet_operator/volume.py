@@ -1,7 +1,8 @@
 """What a Volume needs next (pure): its finalizer, its creation, its deletion, or to be described.
 
-Once a volume has a configuration the operator only says how it is. Who is primary is settled by the
-members and the API server (T2, T3); nothing here can change it.
+Once a volume has a configuration the operator says how it is, and which replica shall be rebuilt on
+another node (`replacement`). Who is primary is settled by the members and the API server (T2, T3);
+nothing here can change it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tercet_api.objects import (
     VolumePhase,
     VolumeReplica,
 )
-from tercet_operator import creation
+from tercet_operator import creation, replacement
 from tercet_operator.actions import (
     Action,
     Adopt,
@@ -62,6 +63,9 @@ def _describe(volume: Volume, config: Config, world: World, now: Moment) -> list
         ready = ready if lost else Verdict(READY, False, *creation.CREATING, True)
         members: Json = {"phase": VolumePhase.CREATING.value}
         return status_actions(volume.status, [ready, placed], now, generation, members)
+    change = replacement.decide(volume, config, world, now)
+    if change.writes:
+        return change.writes
     degraded = _degraded(volume, config)
     phase = VolumePhase.DEGRADED if degraded.holds else VolumePhase.READY
     members = {
@@ -70,9 +74,10 @@ def _describe(volume: Volume, config: Config, world: World, now: Moment) -> list
         "usedPercent": min(100, volume.status.allocated_bytes * 100 // size),
         "endpoints": [place.to_json() for place in creation.endpoints(config, world)],
     }
-    verdicts = [ready, degraded, placed]
+    verdicts = [ready, degraded, placed, *change.verdicts]
     actions = status_actions(volume.status, verdicts, now, generation, members)
-    return [*actions, *(_drop_clone_snapshot(volume, world) if ready.holds else [])]
+    dropped = _drop_clone_snapshot(volume, world) if ready.holds else []
+    return [*actions, *dropped, *change.looks]
 
 
 def _in_sync(volume: Volume, config: Config) -> list[VolumeReplica]:

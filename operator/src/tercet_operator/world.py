@@ -39,6 +39,10 @@ class World:
     sightings: dict[str, Sighting] = field(default_factory=dict)
     roll: Roll | None = None
     """What enrols nodes; there from the moment at which this operator leads."""
+    replace_after_s: float = 600.0
+    """How long a node may be away before its replicas are rebuilt elsewhere."""
+    rebuilds_max: int = 4
+    """Volumes that are rebuilt at the same time, at most."""
 
     def alive(self, node: str, now: Moment) -> bool:
         """Whether a node's agent renews its Lease."""
