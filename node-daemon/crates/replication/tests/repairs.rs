@@ -108,7 +108,7 @@ fn c4_nothing_is_taken_from_another_stamp() {
     let token = cluster.command(0, id, HostCommand::Read(at(4)));
     cluster.run_ms(300);
     assert_eq!(cluster.done.get(&(id, token)), None, "node 1 may still answer");
-    cluster.run_ms(1500);
+    cluster.run_ms(600);
     assert_eq!(cluster.done.get(&(id, token)), Some(&Err(HostError::Media)), "that read fails");
     let other = |repair: &RepairMessage| {
         matches!(repair, RepairMessage::Declined { why: Declined::OtherVersion, .. })
@@ -117,7 +117,7 @@ fn c4_nothing_is_taken_from_another_stamp() {
     assert_eq!(sent(&cluster, |repair| matches!(repair, RepairMessage::Block { .. })), 0);
     assert_eq!(bad_blocks(&cluster, 0), 1);
     assert!(cluster.notices.iter().any(|(_, notice)| matches!(notice, Notice::NotRepaired(_))));
-    // The next one fails at once; other blocks are read as ever.
+    // While the question rests the next one fails at once; other blocks are read as ever.
     let token = cluster.command(0, id, HostCommand::Read(at(4)));
     cluster.run_ms(5);
     assert_eq!(cluster.done.get(&(id, token)), Some(&Err(HostError::Media)));
