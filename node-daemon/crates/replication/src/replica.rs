@@ -161,7 +161,7 @@ impl Replica {
             self.reading = None;
         }
         let config = view.config.clone();
-        self.replacement = view.replacement.clone();
+        self.replacement.clone_from(&view.replacement);
         self.take_attachments(view, cx);
         let Some(config) = config else {
             return; // no config never means new

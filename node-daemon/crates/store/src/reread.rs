@@ -68,16 +68,13 @@ impl Store {
         let into = reread.whole.chunks_mut(BLOCK_BYTES).nth(reread.done).expect("a block of it");
         reread.reading = false;
         reread.done += 1;
-        match done.result {
-            Ok(()) => {
-                into.copy_from_slice(&done.buf.expect("a read's buffer comes back"));
-                self.unreadable_in_row = 0;
-            }
-            Err(_) => {
-                let pieces = into.chunks_mut(UNREADABLE.len());
-                pieces.for_each(|piece| piece.copy_from_slice(&UNREADABLE));
-                self.unreadable_in_row += 1;
-            }
+        if done.result.is_ok() {
+            into.copy_from_slice(&done.buf.expect("a read's buffer comes back"));
+            self.unreadable_in_row = 0;
+        } else {
+            let pieces = into.chunks_mut(UNREADABLE.len());
+            pieces.for_each(|piece| piece.copy_from_slice(&UNREADABLE));
+            self.unreadable_in_row += 1;
         }
         let over = reread.done == reread.whole.len() / BLOCK_BYTES;
         if self.unreadable_in_row > UNREADABLE_IN_ROW_MAX {

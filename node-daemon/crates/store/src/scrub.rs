@@ -50,7 +50,7 @@ impl Default for ScrubPace {
         Self {
             idle_bytes_per_s: 16 << 20,
             busy_bytes_per_s: 2 << 20,
-            every: Duration::from_secs(7 * 24 * 3600),
+            every: Duration::from_hours(168),
         }
     }
 }

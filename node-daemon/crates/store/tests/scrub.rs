@@ -128,19 +128,18 @@ fn version(
     };
     let tag = content[&block];
     let range = BlockRange { start: block, count: 1 };
-    let stamp = match index {
-        None => tercet_proto::Copies::stamps(&world.store, volume, range)[0].stamp,
-        Some(_) => {
-            let written = |entry: &&common::ModelEntry| match entry.header.kind {
-                EntryKind::Write { range, .. } => {
-                    range.start <= block
-                        && block < range.end()
-                        && entry.tag + ((block - range.start) << 40) == tag
-                }
-                _ => false,
-            };
-            model.log.iter().find(written).expect("somebody wrote it").header.place
+    let written = |entry: &&common::ModelEntry| match entry.header.kind {
+        EntryKind::Write { range, .. } => {
+            range.start <= block
+                && block < range.end()
+                && entry.tag + ((block - range.start) << 40) == tag
         }
+        _ => false,
+    };
+    let stamp = if index.is_none() {
+        tercet_proto::Copies::stamps(&world.store, volume, range)[0].stamp
+    } else {
+        model.log.iter().find(written).expect("somebody wrote it").header.place
     };
     (tag, BlockVersion { snapshot, block, stamp })
 }
