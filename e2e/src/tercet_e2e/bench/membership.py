@@ -2,7 +2,9 @@
 
 Real sockets, TLS and signatures over loopback (tercet_e2e.swarm). The last figure is the source's
 experiment: a piece of work on one core, with and without the daemon beside it, in turns, so that
-what else the machine does falls on both; the difference has a confidence interval.
+what else the machine does falls on both; the difference has a confidence interval. What a piece
+takes is its own processor time (which says what caches and interrupts cost it) and what the daemon
+took of the core meanwhile: the time it would take on a core that those two have for themselves.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ CHECKED_ENTRIES = 85
 PATIENCE_S = 60.0
 CALM_PERCENT = 0.6
 
-ROUNDS = 80
+ROUNDS = 100
 """Pairs of pieces of work, with and without."""
-WORK_HASHES = 60
+WORK_HASHES = 200
 BLOCK = bytes(1 << 20)
-SETTLE_S = 0.6
+SETTLE_S = 0.4
 RESAMPLES = 10_000
 
 
@@ -143,12 +145,13 @@ class Cost:
     high: float
 
 
-def work_s() -> float:
-    """A fixed piece of work on the processor; how long it took."""
-    began_s = time.perf_counter()
+def work_s(daemon: int) -> float:
+    """A fixed piece of work on the processor; how long it takes beside just that daemon."""
+    began_s, own_s, other_s = time.perf_counter(), time.thread_time(), processor_s(daemon)
     for _ in range(WORK_HASHES):
         hashlib.sha256(BLOCK).digest()
-    return time.perf_counter() - began_s
+    other_s, own_s = processor_s(daemon) - other_s, time.thread_time() - own_s
+    return own_s * (1 + other_s / (time.perf_counter() - began_s))
 
 
 def cost(pairs: Sequence[tuple[float, float]]) -> Cost:
@@ -185,7 +188,7 @@ async def experiment(daemon: int, others: int, rounds: int = ROUNDS) -> Cost:
                 await asyncio.sleep(SETTLE_S)
                 if not beside:
                     os.kill(daemon, signal.SIGSTOP)
-                took[beside] = work_s()
+                took[beside] = work_s(daemon)
                 os.kill(daemon, signal.SIGCONT)
             pairs.append((took[True], took[False]))
     return cost(pairs)
