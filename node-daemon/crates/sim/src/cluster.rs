@@ -47,6 +47,8 @@ pub struct Volume {
     /// The object.
     pub view: VolumeView,
     version: u64,
+    /// The nodes on which it was placed at first.
+    pub homes: Vec<usize>,
     /// The replica on each node, once it has been reported.
     pub replicas: Vec<Option<ReplicaId>>,
     /// Which of them have been reported complete (S3).
@@ -62,6 +64,8 @@ pub struct Volume {
 pub enum Asked {
     /// A replica of that volume.
     Replica(usize),
+    /// A replica of that volume that takes another's place.
+    Learner(usize),
     /// The snapshot of that number.
     Snapshot(usize),
     /// The deletion of the snapshot of that number.
@@ -81,12 +85,18 @@ impl World {
                 .filter(|host| hosts[*host].contains(&volume))
                 .map(attachment)
                 .collect();
-            self.make_volume(attachments, None);
+            let homes = (0..self.mix.members).collect();
+            self.make_volume(attachments, homes, None);
         }
     }
 
-    /// Makes an object, and replicas on every node.
-    pub fn make_volume(&mut self, attachments: Vec<Attachment>, source: Option<Source>) -> usize {
+    /// Makes an object, and replicas on these nodes.
+    pub fn make_volume(
+        &mut self,
+        attachments: Vec<Attachment>,
+        homes: Vec<usize>,
+        source: Option<Source>,
+    ) -> usize {
         let number = self.volumes.len();
         let view = VolumeView {
             attachments,
@@ -98,8 +108,9 @@ impl World {
         let replicas = vec![None; self.mix.nodes];
         let complete = vec![false; self.mix.nodes];
         let sums = Sums::new();
-        self.volumes.push(Volume { id, view, version: 1, replicas, complete, sums, source });
-        for node in 0..self.mix.nodes {
+        let places = homes.clone();
+        self.volumes.push(Volume { id, view, version: 1, homes, replicas, complete, sums, source });
+        for node in places {
             self.after(MS, move |world| world.create_replica(number, node));
         }
         number
@@ -159,7 +170,10 @@ impl World {
             (Asked::Snapshot(number), result) => self.snapshot_answered(number, &result),
             (Asked::SnapshotDelete(number), result) => self.snapshot_deleted(number, &result),
             (Asked::Sums(volume), result) => self.sums_answered(volume, node, result),
-            (Asked::Replica(_) | Asked::Nothing, _) => {}
+            (Asked::Learner(volume), Ok(ControlDone::Replica { replica, .. })) => {
+                self.learner_made(volume, node, replica);
+            }
+            (Asked::Replica(_) | Asked::Learner(_) | Asked::Nothing, _) => {}
         }
     }
 
@@ -175,17 +189,19 @@ impl World {
             self.violate(format!("volume {volume}: replica {known} became {id} (T9)"));
         }
         let object = &self.volumes[volume];
-        let complete: Vec<usize> = (0..self.mix.nodes).filter(|n| object.complete[*n]).collect();
-        let enough = complete.len() * 2 > self.mix.nodes; // S3
-        let missing = object.replicas.iter().any(Option::is_none);
+        let homes = object.homes.clone();
+        let complete: Vec<usize> = homes.iter().copied().filter(|n| object.complete[*n]).collect();
+        let enough = complete.len() * 2 > homes.len(); // S3
+        let missing = homes.iter().any(|n| object.replicas[*n].is_none());
         if object.view.config.is_some() || missing || !enough {
             return;
         }
-        if complete.len() < self.mix.nodes {
+        if complete.len() < homes.len() {
             self.probe(Probe::ConfiguredIncomplete);
         }
         let primary = complete[self.rng.random_range(0..complete.len())];
-        let members = (0..self.mix.nodes)
+        let members = homes
+            .into_iter()
             .map(|n| Member {
                 node: self.nodes[n].name.clone(),
                 replica: self.volumes[volume].replicas[n].expect("all have reported"),
@@ -221,7 +237,8 @@ impl World {
         }
     }
 
-    fn api_reaches(&self, node: usize) -> bool {
+    /// Whether a node's agent reaches the API server.
+    pub fn api_reaches(&self, node: usize) -> bool {
         let (node, api) = (node, self.api_site());
         !self.cluster.away && self.net.is_open(node, api)
     }
@@ -357,6 +374,7 @@ impl World {
         }
         object.view.config = Some(swap.new.clone());
         let volume = swap.volume;
+        self.saw_step(&swap.old, &swap.new);
         self.tell(|_| format!("API server: volume {volume} is {}", config_story(&swap.new)));
         self.changed(volume);
         true
@@ -425,5 +443,16 @@ pub fn attachment(host: usize) -> Attachment {
 }
 
 fn config_story(config: &Config) -> String {
-    format!("{{{}, {:?}, primary {}}}", config.epoch, config.state, config.primary.node)
+    let names = |set: &[Member]| {
+        let names: Vec<&str> = set.iter().map(|member| member.node.as_str()).collect();
+        names.join(" ")
+    };
+    let mut text =
+        format!("{{{}, {:?}, primary {}", config.epoch, config.state, config.primary.node);
+    if !config.learners.is_empty() || config.previous_members.is_some() {
+        let (now, before) = (names(&config.members), names(config.previous()));
+        let learners = names(&config.learners);
+        text += &format!(", members {now}, previous {before}, learners {learners}");
+    }
+    text + "}"
 }

@@ -11,6 +11,7 @@ mod decay;
 mod device;
 mod host;
 mod links;
+mod members;
 pub mod mix;
 mod nemesis;
 mod node;

@@ -95,11 +95,26 @@ pub const FAULTS: &[Fault] = &[
     Fault::Rot,
 ];
 
+/// How a member's place becomes free (M1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The node is off, and blank when it is back after its replacement.
+    Wiped,
+    /// The node lives, and shall be given up.
+    Retired,
+    /// The node is off for a while; when it is back its replacement is not wanted any more.
+    Away,
+}
+
 /// A seed's settings.
 #[derive(Clone, Debug)]
 pub struct Mix {
-    /// Nodes; volumes have a member on each.
+    /// Nodes.
     pub nodes: usize,
+    /// Members of a volume: all nodes, or all but one.
+    pub members: usize,
+    /// Members that are lost, each with its time, in order; only where there is a node to spare.
+    pub losses: Vec<(u64, Loss)>,
     /// Volumes.
     pub volumes: usize,
     /// Hosts; host h uses the volumes of `host_volumes[h]`.
@@ -169,8 +184,11 @@ impl Mix {
             if lossy { rng.random_range(0..=most) } else { 0 }
         };
         let api_faults = rng.random_ratio(1, 2);
+        let losses = draw_losses(rng, nodes, faulty_ns);
         Self {
-            nodes,
+            nodes: nodes + usize::from(!losses.is_empty()),
+            members: nodes,
+            losses,
             volumes,
             host_volumes,
             blocks: pick(rng, &[64, 128, 512]),
@@ -204,13 +222,15 @@ impl Mix {
         kinds.sort_unstable();
         kinds.dedup();
         format!(
-            "{} node(s), {} volume(s) of {} blocks, hosts {:?}, {} s with {} faults of {kinds:?}",
+            "{} node(s), {} volume(s) of {} blocks, hosts {:?}, {} s with {} faults of {kinds:?} and \
+             {} losses",
             self.nodes,
             self.volumes,
             self.blocks,
             self.host_volumes,
             self.faulty_ns / S,
             self.faults.len(),
+            self.losses.len(),
         )
     }
 }
@@ -251,4 +271,17 @@ fn draw_faults(rng: &mut SmallRng, faulty_ns: u64) -> Vec<(u64, Fault)> {
         .collect();
     faults.sort_unstable();
     faults
+}
+
+/// One seed in four of those with three members has a fourth node and loses one or two. Drawn from a
+/// copy: all other seeds are what they were without this.
+fn draw_losses(rng: &SmallRng, members: usize, faulty_ns: u64) -> Vec<(u64, Loss)> {
+    let mut rng = rng.clone();
+    if members != 3 || !rng.random_ratio(1, 4) {
+        return Vec::new();
+    }
+    let kinds = [Loss::Wiped, Loss::Wiped, Loss::Retired, Loss::Away];
+    let times = [2 * S..faulty_ns / 3, faulty_ns / 2..faulty_ns - 2 * S];
+    let count = rng.random_range(1..=2);
+    times.into_iter().take(count).map(|at| (rng.random_range(at), pick(&mut rng, &kinds))).collect()
 }

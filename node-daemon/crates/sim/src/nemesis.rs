@@ -189,8 +189,9 @@ impl World {
         self.after(back, move |world| world.power_on(node, boot));
     }
 
-    fn power_on(&mut self, node: usize, boot: u64) {
-        if self.nodes[node].powered || self.nodes[node].boot != boot {
+    /// It has its power again, unless it lost it anew meanwhile.
+    pub fn power_on(&mut self, node: usize, boot: u64) {
+        if self.nodes[node].powered || self.nodes[node].gone || self.nodes[node].boot != boot {
             return;
         }
         self.nodes[node].powered = true;
@@ -435,6 +436,7 @@ impl World {
                 }
             }
         }
+        self.comes_back();
         for node in 0..self.nodes.len() {
             self.nodes[node].device.slow = 1;
             self.nodes[node].device.stuck_until = 0;

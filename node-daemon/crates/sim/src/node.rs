@@ -60,6 +60,8 @@ pub struct Node {
     pub boot: u64,
     /// Whether the machine has power.
     pub powered: bool,
+    /// Whether it stays off whatever happens.
+    pub gone: bool,
     /// The engine that runs, or ran last.
     pub instance: InstanceId,
     shard: Option<Shard>,
@@ -117,6 +119,7 @@ impl World {
                 life: 0,
                 boot: 0,
                 powered: true,
+                gone: false,
                 instance: InstanceId::from_bytes([0; 16]),
                 shard: None,
                 device,

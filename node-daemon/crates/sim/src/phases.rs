@@ -40,6 +40,7 @@ impl World {
     /// Runs all phases.
     pub fn run(&mut self) {
         self.schedule_faults();
+        self.schedule_losses();
         self.schedule_snapshot();
         self.schedule_look();
         self.schedule_decay();
@@ -47,6 +48,7 @@ impl World {
         self.wait_for(PROGRESS_NS, |world| world.faults_done >= FAULTS_MIN);
         self.heal_all();
         self.progress();
+        self.finish_changes();
         self.finish_work();
         for volume in 0..self.mix.volumes {
             self.converge(volume);
@@ -108,6 +110,17 @@ impl World {
         self.wait_for(ENOUGH_NS, |world| world.ops_done >= OPS_MIN);
     }
 
+    /// Whoever was lost is replaced, and nobody keeps what belongs to no configuration (M1, M2).
+    fn finish_changes(&mut self) {
+        if self.mix.losses.is_empty() {
+            return;
+        }
+        if !self.wait_for(PROGRESS_NS, |world| world.job.is_none() && world.no_strays()) {
+            let (job, state) = (self.job.clone(), self.state_story());
+            self.violate(format!("a member is not replaced (M1): {job:?}\n{state}"));
+        }
+    }
+
     fn mounts(&self) -> impl Iterator<Item = (usize, usize, &Work)> {
         self.hosts.iter().enumerate().flat_map(|(host, h)| {
             h.mounts.iter().map(move |(volume, mount)| (host, *volume, &mount.work))
@@ -153,7 +166,7 @@ impl World {
 
     fn ask_sums(&mut self, volume: usize) {
         self.volumes[volume].sums.clear();
-        for node in 0..self.mix.nodes {
+        for node in self.homes(volume) {
             if self.is_complete(node, volume) {
                 self.volumes[volume].sums.insert(node, None);
                 let control = Control::ChunkSums(self.volumes[volume].id);
@@ -176,10 +189,11 @@ impl World {
         incomplete.is_some_and(|why| !matches!(why, Incomplete::Awaits(_)))
     }
 
-    /// Whether every node has a replica of it: a clone lives beside its source (S3).
+    /// Whether every member's node has a replica of it: a clone lives beside its source (S3).
     fn is_everywhere(&self, volume: usize) -> bool {
         let id = self.volumes[volume].id;
-        let mut shards = self.nodes.iter().map(|node| node.shard());
+        let homes = self.homes(volume);
+        let mut shards = homes.iter().map(|node| self.nodes[*node].shard());
         shards.all(|shard| shard.is_some_and(|shard| shard.storage().replica(id).is_some()))
     }
 
@@ -213,7 +227,7 @@ impl World {
         let last = sums.iter().map(|(_, place, _)| *place).max();
         let equal = sums.iter().filter(|(_, place, _)| Some(*place) == last).count();
         let asked = self.volumes[volume].sums.len();
-        let copied = (0..self.mix.nodes).all(|node| !self.needs_copy(node, volume));
+        let copied = self.homes(volume).iter().all(|node| !self.needs_copy(*node, volume));
         copied && !sums.is_empty() && equal == asked
     }
 

@@ -82,6 +82,18 @@ probes! {
     BlockNotRepaired,
     /// a host's read met a bad block and failed, because no member had it (C4)
     ReadFailed,
+    /// a member that was lost or given up was replaced on another node (M1)
+    Replaced,
+    /// a replacement was withdrawn, for the node was back in time (M1)
+    ReplacementWithdrawn,
+    /// a change of members became Active (M1)
+    ChangeFinished,
+    /// a takeover carried a change of members on (M1, T3)
+    ChangeCarriedOn,
+    /// a change of members was taken back (M1)
+    ChangeAborted,
+    /// a replica that no configuration named any more was deleted (M2)
+    StrayDeleted,
     /// a snapshot was deleted while a clone's replica still awaited it (S3)
     DeletedWhileAwaited,
     /// a link was cut in one direction (T2)

@@ -119,6 +119,9 @@ impl World {
 
     /// A clone while faults go on: some members have not applied the snapshot yet (S3).
     fn clone_early(&mut self, number: usize) {
+        if !self.mix.losses.is_empty() {
+            return; // its replicas would be lost with a node's, and nobody replaces them here
+        }
         if self.rotten.is_some() {
             // A replica whose making rots away would be made twice: not what is looked at here.
             return self.after(RETRY_NS, move |world| world.clone_early(number));
@@ -136,7 +139,8 @@ impl World {
         let (_, place) = snapshot.done.expect("only ready ones are cloned");
         let source =
             Source { volume: self.volumes[snapshot.volume].id, snapshot: snapshot.id, place };
-        self.make_volume(vec![attachment(0)], Some(source))
+        let homes = self.homes(snapshot.volume);
+        self.make_volume(vec![attachment(0)], homes, Some(source))
     }
 
     /// A clone that got its first configuration needs its snapshot no more: sometimes that is deleted.

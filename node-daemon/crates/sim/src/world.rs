@@ -20,6 +20,7 @@ use crate::cluster::{Cluster, Volume};
 use crate::decay::Decay;
 use crate::host::{Connection, Host};
 use crate::links::Link;
+use crate::members::Job;
 use crate::mix::Mix;
 use crate::node::Node;
 use crate::observe::Seen;
@@ -96,6 +97,8 @@ pub struct World {
     pub seen: Seen,
     /// Blocks that go bad.
     pub decay: Decay,
+    /// A node's replacement that goes on.
+    pub job: Option<Job>,
     /// Whether faults are over.
     pub healed: bool,
     /// The node whose damage is not known yet.
@@ -143,6 +146,7 @@ impl World {
             probes: Probes::default(),
             seen: Seen::default(),
             decay,
+            job: None,
             healed: false,
             rotten: None,
             rotted: false,
