@@ -8,7 +8,9 @@ loopback address, so all of them use the usual ports. Devices are files.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -140,6 +142,8 @@ class LocalCluster:
     """A cluster on this machine with Tercet in it. An async context manager.
 
     volumes_max: how many volumes each node takes at a time; none for the driver's own default.
+    replace_after_s: how long a node may be away before its replicas are rebuilt on others; none
+    for the operator's own default.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class LocalCluster:
         nodes: int = NODES,
         device_bytes: int = DEVICE_BYTES,
         volumes_max: int | None = None,
+        replace_after_s: float | None = None,
         binaries: Binaries | None = None,
         progress: Progress = print,
         remove: bool = False,
@@ -157,6 +162,7 @@ class LocalCluster:
         self._node_count = nodes
         self._device_bytes = device_bytes
         self._volumes_max = volumes_max
+        self._replace_after_s = replace_after_s
         self._progress = progress
 
     async def __aenter__(self) -> Self:
@@ -226,6 +232,8 @@ class LocalCluster:
         socket = self.controller_socket
         argv: list[str | Path] = [self._programs.operator, "--kubeconfig", operator]
         argv += ["--namespace", NAMESPACE, "--http", f"{LOCALHOST}:{base.ports.take()}"]
+        if self._replace_after_s is not None:
+            argv += ["--replace-after", str(self._replace_after_s)]
         await base.processes.start(Program(process_name("operator"), argv))
         argv = [self._programs.csi, "controller", "--kubeconfig", controller]
         argv += ["--endpoint", f"unix://{socket}", "--http", f"{LOCALHOST}:{base.ports.take()}"]
@@ -243,6 +251,16 @@ class LocalCluster:
         )
         for component, argv in node_programs(node, self._programs, kubeconfig, self._volumes_max):
             await base.processes.start(Program(process_name(component, name), argv))
+
+    async def lose(self, name: str) -> None:
+        """Everything of Tercet's on a node dies and does not come back."""
+        engine = self.pid(faults.ENGINE, name)
+        pieces = (faults.SUPERVISOR, "agent", "attach", "csi-node")
+        for component in pieces:
+            await self.base.processes.lose(process_name(component, name))
+        if engine is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
 
     def _write_status(self) -> None:
         status = {

@@ -127,6 +127,16 @@ class Processes:
         self._running[name].send_signal(number)
         return pid
 
+    async def lose(self, name: ProcessName) -> None:
+        """Kills a program and leaves it dead."""
+        keeper = self._keepers.pop(name)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        process = self._running[name]
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
     async def end(self, name: ProcessName, timeout_s: float) -> None:
         """Ends a program with SIGTERM and leaves it ended; one that does not end is killed."""
         keeper = self._keepers.pop(name)
