@@ -94,6 +94,21 @@ def test_an_operator_that_has_just_started_goes_by_the_condition():
     assert entries(decide(found, made))[-1].node == "n4"
 
 
+def test_what_is_in_sync_stays_though_another_device_of_its_node_has_failed():
+    found = serving("v", "n1", "n2", "n3")
+    made = world(*nodes(4), found)
+    said = Condition(
+        type="Ready",
+        status=ConditionStatus.FALSE,
+        reason="DeviceFailed",
+        last_transition_time=later(-3000).text,
+    )
+    made.nodes["n1"].status.conditions.append(said)
+    assert "replicas" not in written(decide(found, made))
+    found.status.replicas[0].state = ReplicaPhase.LAGGING
+    assert entries(decide(found, made))[-1].replaces == OLD
+
+
 def test_a_node_that_is_given_up_is_replaced_at_once_though_it_lives():
     found = serving("v", "n1", "n2", "n3")
     given_up = node("n1", metadata={"deletion_timestamp": "2026-11-20T00:00:00Z"})

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from tercet_api.coordination.lease import parse_time
 from tercet_api.objects import (
+    REPLICAS_MAX,
     ConditionStatus,
     Config,
     ConfigState,
@@ -146,12 +147,16 @@ def _go_on(
 
 def _well_again(volume: Volume, old: Member, world: World, now: Moment) -> str | None:
     """Why the member whose place is wanted can stay."""
-    node = world.nodes.get(old.node)
-    entry = next((e for e in volume.status.replicas if e.replica == old.replica), None)
-    in_sync = entry is not None and entry.state is ReplicaPhase.IN_SYNC
-    if node is None or node.deleting or not world.usable(old.node, now) or not in_sync:
+    if _given_up(old.node, world) is not None or not _is_whole(volume, old, world, now):
         return None
     return f"{old.node} is back and in sync"
+
+
+def _is_whole(volume: Volume, member: Member, world: World, now: Moment) -> bool:
+    """Its node lives and its replica is in sync, whatever else is wrong there (a failed device)."""
+    entry = next((e for e in volume.status.replicas if e.replica == member.replica), None)
+    in_sync = entry is not None and entry.state is ReplicaPhase.IN_SYNC
+    return in_sync and world.usable(member.node, now)
 
 
 def _hopeless(volume: Volume, newcomer: VolumeReplica, world: World, now: Moment) -> str | None:
@@ -212,6 +217,8 @@ def _lost(
         missing_s = _missing_s(member.node, world, now)
         if (why := _given_up(member.node, world)) is not None:
             found.append(_Lost(member, why))
+        elif _is_whole(volume, member, world, now):
+            continue
         elif missing_s >= world.replace_after_s:
             found.append(_Lost(member, f"{member.node} has not been ready for {missing_s:.0f} s"))
         elif missing_s > 0:
@@ -231,6 +238,9 @@ def _begin(volume: Volume, config: Config, lost: _Lost, world: World, now: Momen
         outcome = _cannot("RebuildQueued", waits, good=True)
         return Outcome(verdicts=outcome.verdicts, looks=[LookAgain(QUEUE_S)])
     chosen = placement.choose(volume, world, now, 1, leaving=lost.member.node)
+    if len(volume.status.replicas) >= REPLICAS_MAX:
+        full = f"status.replicas has {REPLICAS_MAX} entries: delete StorageNodes that are no more"
+        chosen = placement.Unplaceable(full)
     if isinstance(chosen, placement.Unplaceable):
         return _unplaceable(volume, lost, chosen.message, now)
     place = VolumeReplica(node=chosen[0], state=ReplicaPhase.PLACED, replaces=lost.member.replica)
