@@ -452,7 +452,7 @@ fn config_story(config: &Config) -> String {
     if !config.learners.is_empty() || config.previous_members.is_some() {
         let (now, before) = (names(&config.members), names(config.previous()));
         let learners = names(&config.learners);
-        text += &format!(", members {now}, previous {before}, learners {learners}");
+        text = format!("{text}, members {now}, previous {before}, learners {learners}");
     }
     text + "}"
 }

@@ -2,12 +2,12 @@
 //! read it any more.
 //!
 //! A block of every volume goes bad on one node only, for ever the same one: what two replicas lost
-//! at once nobody can repair. It goes bad where a start does not look for it: a bad record, or
-//! payload behind the last mark, is R1's, and `Fault::Rot` does that. The rule is about peers that
-//! lag, so these seeds have slow devices, large writes (whose blocks are in place at once), and a
-//! liking for blocks that another node has in another version just now. What is demanded: reads are
-//! right or fail; once all is healed every block is repaired, and a whole pass of scrub on every
-//! node meets nothing bad.
+//! at once nobody can repair, so no seed has this and a node that is lost for good. It goes bad where
+//! a start does not look for it: a bad record, or payload behind the last mark, is R1's, and
+//! `Fault::Rot` does that. The rule is about peers that lag, so these seeds have slow devices, large
+//! writes (whose blocks are in place at once), and a liking for blocks that another node has in
+//! another version just now. What is demanded: reads are right or fail; once all is healed every
+//! block is repaired, and a whole pass of scrub on every node meets nothing bad.
 
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ impl Decay {
     /// Whether this seed has it, and what that changes of its settings.
     pub fn draw(seed: u64, mix: &mut Mix) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed ^ SALT);
-        let on = mix.nodes > 1 && rng.random_ratio(1, SEEDS);
+        let on = mix.nodes > 1 && mix.losses.is_empty() && rng.random_ratio(1, SEEDS);
         if on {
             mix.op_blocks_max = OP_BLOCKS_MAX;
             for _ in 0..SLOW {

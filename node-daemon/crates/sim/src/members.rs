@@ -105,7 +105,7 @@ impl World {
             Loss::Away => {
                 self.take_away(victim);
                 let lasts = self.between(AWAY_NS);
-                self.after(lasts, |world| world.comes_back());
+                self.after(lasts, Self::comes_back);
             }
         }
     }
