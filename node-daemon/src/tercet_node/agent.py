@@ -244,6 +244,8 @@ class Agent:
             self._volume_changed(name)
 
     def _status(self, before: pb.StatusResponse | None, now: pb.StatusResponse) -> None:
+        if before is None:  # what the engine lacks is known from now on
+            self._replicas.mark_all(self.world.volumes)
         known = {} if before is None else {replica.volume: replica for replica in before.replicas}
         for replica in now.replicas:
             was = known.get(replica.volume)
