@@ -203,7 +203,8 @@ def test_without_volumes_all_traces_go_and_nothing_of_others(plane, hooks):
     assert f"lease.coordination.k8s.io/{SNAPSHOT_LEASE}" not in left
     assert not {name for name in left if "tercet" in name or "storagenode" in name}
     assert "lease.coordination.k8s.io/other" in left
-    assert not {n for n in _names(plane, "configmap") if "tercet" in n}
+    ours = {f"configmap/{name}" for name in (CA_CONFIG_MAP, MEMBERSHIP_CONFIG_MAP)}
+    assert not ours & _names(plane, "configmap")
     plane.kubectl_run("wait", "--for=delete", KINDS, "--timeout=60s")
     done = hooks("after", "--crds")
     assert done.returncode == 0, f"once more: {done.stderr}"
