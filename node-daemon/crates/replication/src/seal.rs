@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use tercet_proto::message::{Envelope, ReplicaMessage};
 use tercet_proto::{Config, Epoch, InstanceId, Instant, Promise, StorageError, Token};
 
-use crate::api::PeerId;
+use crate::api::{Output, PeerId};
 use crate::cx::{Cx, Purpose};
 use crate::options::canary;
 use crate::replica::{Replica, Role};
@@ -192,7 +192,11 @@ impl Replica {
             return; // the device has failed: `Failed` follows, and nothing is ever answered
         }
         sealing.step = Step::Wait;
-        self.promise = Some(Promise { config: sealing.config.clone() });
+        let before = self.promise.replace(Promise { config: sealing.config.clone() });
+        if before.is_some_and(|before| !before.config.voters().eq(sealing.config.voters())) {
+            // Which member this is may be another by now (H1): the path is told again.
+            cx.out.push(Output::Ana(self.volume, self.ana()));
+        }
         if matches!(self.role, Role::Follower { .. }) {
             self.role = Role::FOLLOWER; // nothing is matched in this epoch yet (W3)
         }
