@@ -9,6 +9,7 @@ import socket
 import statistics
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tercet_e2e.bench.cases import Case
@@ -24,29 +25,45 @@ class BenchError(E2eError):
     """A measurement could not be made; says which tool said what."""
 
 
-def fio(file: Path, case: Case, seconds: int) -> float:
-    """One run of fio; the figure that the case measures. Raises BenchError."""
+@dataclass(frozen=True)
+class Floor:
+    """What one run of fio found."""
+
+    value: float
+    """The figure that the case measures."""
+    cpu_us: float
+    """CPU of fio's process for each operation."""
+
+
+def fio(file: Path, case: Case, seconds: float, file_bytes: int = FILE_BYTES) -> Floor:
+    """One run of fio. Raises BenchError."""
     rw = ("rand" if case.random else "") + case.access
     answer = _run_fio(
         f"--filename={file}",
+        f"--size={file_bytes}",
         f"--rw={rw}",
         f"--bs={case.block_bytes}",
         f"--iodepth={case.depth}",
-        f"--runtime={seconds}",
+        f"--runtime={round(seconds * 1000)}ms",
         "--time_based",
         *(["--sync=dsync"] if case.access == "write" else []),
     )
-    figures = answer["jobs"][0][case.access]
+    job = answer["jobs"][0]
+    figures = job[case.access]
+    busy = (float(job["usr_cpu"]) + float(job["sys_cpu"])) / 100
+    cpu_us = busy * float(job["job_runtime"]) * 1000 / float(figures["total_ios"])
     if case.measure == "p50_us":
-        return float(figures["clat_ns"]["percentile"]["50.000000"]) / 1000
-    if case.measure == "iops":
-        return float(figures["iops"])
-    return float(figures["bw_bytes"]) / (1 << 20)
+        value = float(figures["clat_ns"]["percentile"]["50.000000"]) / 1000
+    elif case.measure == "iops":
+        value = float(figures["iops"])
+    else:
+        value = float(figures["bw_bytes"]) / (1 << 20)
+    return Floor(value, cpu_us)
 
 
-def prewrite(file: Path) -> None:
+def prewrite(file: Path, file_bytes: int = FILE_BYTES) -> None:
     """Write the whole file, so that no run allocates."""
-    _run_fio(f"--filename={file}", "--rw=write", "--bs=1M", "--iodepth=8", f"--size={FILE_BYTES}")
+    _run_fio(f"--filename={file}", f"--size={file_bytes}", "--rw=write", "--bs=1M", "--iodepth=8")
 
 
 def _run_fio(*arguments: str) -> dict:  # type: ignore[type-arg]
@@ -57,7 +74,6 @@ def _run_fio(*arguments: str) -> dict:  # type: ignore[type-arg]
         "--name=floor",
         "--ioengine=io_uring",
         "--direct=1",
-        f"--size={FILE_BYTES}",
         "--output-format=json",
         *arguments,
     ]

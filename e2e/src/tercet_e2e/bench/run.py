@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet_e2e import report
-from tercet_e2e.bench import book, idle, membership, noderep, volume
+from tercet_e2e.bench import book, idle, membership, noderep, store, volume
 from tercet_e2e.bench.cases import CASES, Case, row
 from tercet_e2e.bench.floor import fio, prewrite, round_trip_us
 from tercet_e2e.kubectl import Kubectl
@@ -30,6 +30,7 @@ FILL = Case("fill", "write", 128 * 1024, 8, False, "mib_per_s", 0, 0.0)
 class Suite(StrEnum):
     """What can be measured alone."""
 
+    STORE = "store"
     VOLUME = "volume"
     MEMBERSHIP = "membership"
     NODEREP = "noderep"
@@ -39,6 +40,8 @@ async def run(root: Path, only: Suite | None) -> int:
     """Measure and print; 0 also when a goal does not hold: the table says so."""
     for suite in Suite if only is None else (only,):
         match suite:
+            case Suite.STORE:
+                book.write(root, await asyncio.to_thread(store.rows, root))
             case Suite.VOLUME:
                 book.write(root, await _volume())
             case Suite.MEMBERSHIP:
@@ -71,7 +74,8 @@ async def _measure(cluster: LocalCluster, file: Path) -> list[dict[str, Any]]:
     for number in range(1, ROUNDS + 1):
         trips.append(await asyncio.to_thread(round_trip_us))
         for case in CASES:
-            floors[case.name].append(await asyncio.to_thread(fio, file, case, SECONDS))
+            floor = await asyncio.to_thread(fio, file, case, SECONDS)
+            floors[case.name].append(floor.value)
             values[case.name].append(await volume.load(attach, made, case, SECONDS))
             said = f"floor {floors[case.name][-1]:.1f}, volume {values[case.name][-1]:.1f}"
             print(f"round {number} of {ROUNDS}: {case.name}: {said}", flush=True)
