@@ -25,6 +25,10 @@ use crate::reactor::{DiskId, Event, Reactor};
 pub(crate) struct Zeroes(pub(crate) [u8; 256 << 10]);
 pub(crate) static ZEROES: Zeroes = Zeroes([0; 256 << 10]);
 
+/// So many queued entries go to the kernel at once, not with the next `poll`: the device begins
+/// while the rest is made ready.
+const SUBMIT_QUEUED: usize = 4;
+
 /// A device, and what the ring knows of it.
 pub(crate) struct Slot {
     pub(crate) device: Device,
@@ -111,6 +115,7 @@ impl Reactor {
         // SAFETY: the buffer is kept in the operation; its memory is the arena's and does not move.
         // Zeroes are a constant.
         unsafe { self.start(Operation::Disk(operation), entry) };
+        self.ring.submit_when(SUBMIT_QUEUED);
     }
 
     pub(crate) fn disk_completed(

@@ -35,6 +35,10 @@ pub struct Settings {
 
 /// How long after the last event traffic is taken to flow.
 const FLOWING: Duration = Duration::from_millis(1);
+/// Device operations that one `poll` reports at most. What comes in together is not handled
+/// together: the first are answered, and what follows them is on its way, while the others wait.
+/// Else a device has nothing to do while its answers are looked at.
+const DISK_EVENTS_MAX: usize = 8;
 /// How long a reactor that ends waits for what the kernel still has.
 const END_ROUNDS_MAX: u32 = 30;
 
@@ -163,8 +167,14 @@ impl Reactor {
             let soon = wait == Some(Duration::ZERO) || self.spin()?;
             self.ring.enter(if soon { Some(Duration::ZERO) } else { wait })?;
         }
-        while let Some(completion) = self.ring.completion() {
+        let disk = |event: &Event| matches!(event, Event::Disk { .. });
+        let mut disk_events = 0;
+        while disk_events < DISK_EVENTS_MAX
+            && let Some(completion) = self.ring.completion()
+        {
+            let seen = events.len();
             self.complete(&completion, events);
+            disk_events += events[seen..].iter().filter(|event| disk(event)).count();
         }
         if events.len() > before {
             self.last_event = now();

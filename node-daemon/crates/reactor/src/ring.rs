@@ -97,6 +97,16 @@ impl Ring {
         }
     }
 
+    /// Hands the kernel what is queued, without waiting, once it is this much.
+    pub(crate) fn submit_when(&mut self, queued: usize) {
+        if self.uring.submission().len() < queued {
+            return;
+        }
+        if let Err(error) = self.uring.submit() {
+            assert!(again(&error), "the kernel takes submissions: {error}");
+        }
+    }
+
     /// Submits what is queued and waits for a completion, at most `timeout` (forever without).
     pub(crate) fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let result = match timeout {
