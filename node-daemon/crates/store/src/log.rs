@@ -1,9 +1,9 @@
 //! The log ring: what is waiting, what is on its way, what is durable.
 //!
 //! Changes collect in a batch; a batch becomes one record and goes to the device in one write (rule
-//! W3: with FUA, or, when its entries have extents, together with them and a flush behind). While
-//! records are on their way the next batch collects: one flush for all that are waiting. Records may
-//! complete in any order; they take effect in the ring's order.
+//! W3: with FUA; extents of its entries beside it, with FUA too, or, where they are many, all
+//! without and a flush behind). While records are on their way the next batch collects: one flush
+//! for all that are waiting. Records may complete in any order; they take effect in the ring's.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -28,6 +28,12 @@ pub(crate) const RING_MARGIN_BLOCKS: u64 =
 const ITEM_BYTES_MAX: usize = 48 << 10;
 /// Largest write of one extent.
 pub(crate) const IO_BLOCKS_MAX: u32 = 128;
+/// Blocks of extents after which a batch is closed: two writes of 128 KiB, so that what comes in
+/// together goes out as several records, and one is on its way while the next is copied.
+const BATCH_EXTENT_BLOCKS: u64 = 64;
+/// So many extents of a record have FUA each; with more of them one flush behind all is cheaper. A
+/// flush is a second way to the device and back, and in `io_uring` a thread of its own.
+const FUA_EXTENTS_MAX: usize = 8;
 
 /// What happens when a record is durable.
 #[derive(Debug)]
@@ -280,7 +286,7 @@ impl Log {
         if !batch.is_empty()
             && (batch.payload_blocks + payload_blocks > RECORD_PAYLOAD_BLOCKS_MAX
                 || batch.items.0.len() + item_bytes > ITEM_BYTES_MAX
-                || batch.extent_blocks > u64::from(RECORD_PAYLOAD_BLOCKS_MAX))
+                || batch.extent_blocks >= BATCH_EXTENT_BLOCKS)
         {
             self.close();
         }
@@ -400,14 +406,14 @@ impl Store {
         let id = self.log.next_flight;
         self.log.next_flight += 1;
         self.log.queued_extent_blocks -= batch.extent_blocks;
-        let flush = !batch.extents.is_empty();
+        let flush = batch.extents.len() > FUA_EXTENTS_MAX;
+        let fua = !flush && !self.skips_flush();
         for ((run, bytes), mut buf) in batch.extents.iter().zip(bufs) {
             buf.copy_from_slice(bytes);
             let offset = u64::from(run.0) * BLOCK_BYTES as u64;
-            self.submit(OpKind::Record(id), DiskOp::Write { offset, data: buf, fua: false });
+            self.submit(OpKind::Record(id), DiskOp::Write { offset, data: buf, fua });
         }
         let offset = u64::from(self.log.block(position)) * BLOCK_BYTES as u64;
-        let fua = !flush && !self.skips_flush();
         self.submit(OpKind::Record(id), DiskOp::Write { offset, data: record, fua });
         self.log.flying.push_back(Flight {
             id,
