@@ -49,10 +49,10 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// The time that so large a part of the operations did not exceed.
-    pub fn at(&self, part: f64) -> f64 {
+    /// The time that so many percent of the operations did not exceed.
+    pub fn at(&self, percent: usize) -> f64 {
         let last = self.times_us.len() - 1;
-        self.times_us[((self.times_us.len() as f64 * part) as usize).min(last)]
+        self.times_us[(self.times_us.len() * percent / 100).min(last)]
     }
 }
 
@@ -141,10 +141,11 @@ impl Load {
         for event in events.drain(..) {
             match event {
                 StorageEvent::Durable { volume: of, place } if of == volume(self.volume) => {
-                    while let Some((_, since)) =
-                        running.under_way.pop_front_if(|(lsn, _)| *lsn <= place.lsn.0)
+                    while let Some((lsn, since)) = running.under_way.front()
+                        && *lsn <= place.lsn.0
                     {
-                        ended(since);
+                        ended(*since);
+                        running.under_way.pop_front();
                     }
                     driver.apply(self.volume, place.lsn);
                 }

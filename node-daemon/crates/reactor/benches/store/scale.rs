@@ -23,7 +23,7 @@ const WRITES_BEHIND: u64 = 500;
 const CHAIN_BLOCKS: u64 = 1 << 16;
 const CHAIN_WRITES: u64 = 4;
 const CHAIN_ROUNDS: usize = 5;
-const CHAIN_TIME: Duration = Duration::from_millis(1000);
+const CHAIN_TIME: Duration = Duration::from_secs(1);
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -101,11 +101,11 @@ pub fn snapshot(device: PathBuf) {
     let behind = Until::Operations(WRITES_BEHIND);
     let writes = Load { span: Some(mapped), ..load(Access::Write, 0, 1, behind) };
     driver.longest_step = Duration::ZERO;
-    let plain = writes.run(&mut driver).at(0.5);
+    let plain = writes.run(&mut driver).at(50);
     let (mut times, mut after) = (Vec::new(), Vec::new());
     for number in 0..LARGE_SNAPSHOTS {
         times.push(take_snapshot(&mut driver, 0, number).as_secs_f64() * 1e3);
-        after.push(writes.run(&mut driver).at(0.5));
+        after.push(writes.run(&mut driver).at(50));
     }
     let work_step = driver.longest_step.as_secs_f64() * 1e3;
     driver.longest_step = Duration::ZERO;
@@ -142,7 +142,7 @@ pub fn chain(device: PathBuf, snapshots: u64) {
     for _ in 0..CHAIN_ROUNDS {
         for index in [0, 1] {
             let one = load(Access::Read, index, 1, Until::Elapsed(CHAIN_TIME)).run(&mut driver);
-            figures[usize::from(index)].push(one.at(0.5));
+            figures[usize::from(index)].push(one.at(50));
             let many = load(Access::Read, index, 32, Until::Elapsed(CHAIN_TIME)).run(&mut driver);
             figures[usize::from(index) + 2].push(many.operations as f64 / many.seconds);
         }
