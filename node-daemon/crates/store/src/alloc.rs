@@ -4,7 +4,8 @@
 //! A block is *free*, *held* (count of holders > 0) or *pending*: nobody holds it any more, but the
 //! newest durable checkpoint may, so it is not given out again before a checkpoint taken later is
 //! durable (rule W8). Counts are not stored: opening the store counts the holders again, so nothing
-//! can leak over a restart.
+//! can leak over a restart. Most blocks have one holder: for those a bit is enough, and counts are
+//! kept for groups of blocks in which one is shared.
 //!
 //! A small write gets its block when it is applied; its bytes stay in the log ring until they are
 //! copied home. `home` says for which blocks that is so: the maps never name a place in the ring.
@@ -19,9 +20,10 @@ pub(crate) struct Alloc {
     data: Run,
     /// A bit for each block of the data area: set = held or pending.
     busy: Vec<u64>,
-    /// Holders, for groups of 1,024 blocks that have any.
-    holders: Vec<Option<Box<[u32]>>>,
-    held_in_group: Vec<u32>,
+    /// A bit for each block of the data area: set = held.
+    held: Vec<u64>,
+    /// Holders, for groups of 1,024 blocks in which one has more than one.
+    shared: Vec<Option<Box<Group>>>,
     free: u64,
     cursor: u32,
     /// Freed since the last checkpoint began.
@@ -37,6 +39,14 @@ pub(crate) struct Alloc {
     pub(crate) forget_release: bool,
 }
 
+/// Holders of 1,024 blocks.
+#[derive(Debug)]
+struct Group {
+    counts: [u32; CHUNK_BLOCKS],
+    /// How many blocks have more than one.
+    many: u32,
+}
+
 impl Alloc {
     pub(crate) fn new(data: Run) -> Self {
         let groups = (data.1 as usize).div_ceil(CHUNK_BLOCKS);
@@ -46,9 +56,9 @@ impl Alloc {
         }
         Self {
             data,
+            held: vec![0; busy.len()],
             busy,
-            holders: vec![None; groups],
-            held_in_group: vec![0; groups],
+            shared: (0..groups).map(|_| None).collect(),
             free: u64::from(data.1),
             cursor: 0,
             pending: Vec::new(),
@@ -86,9 +96,30 @@ impl Alloc {
         (block - self.data.0) as usize
     }
 
+    fn is_held(&self, index: usize) -> bool {
+        self.held[index / 64] >> (index % 64) & 1 == 1
+    }
+
     pub(crate) fn holders(&self, block: u32) -> u32 {
         let index = self.index(block);
-        self.holders[index / CHUNK_BLOCKS].as_ref().map_or(0, |group| group[index % CHUNK_BLOCKS])
+        match &self.shared[index / CHUNK_BLOCKS] {
+            Some(group) => group.counts[index % CHUNK_BLOCKS],
+            None => u32::from(self.is_held(index)),
+        }
+    }
+
+    /// Counts for the group of a block, made of the bits where there are none.
+    fn group(&mut self, index: usize) -> &mut Group {
+        let number = index / CHUNK_BLOCKS;
+        let (first, end) = (number * CHUNK_BLOCKS, self.data.1 as usize);
+        let held = &self.held;
+        self.shared[number].get_or_insert_with(|| {
+            let mut counts = [0; CHUNK_BLOCKS];
+            for (count, index) in counts.iter_mut().zip(first..end) {
+                *count = (held[index / 64] >> (index % 64) & 1) as u32;
+            }
+            Box::new(Group { counts, many: 0 })
+        })
     }
 
     /// Adds a holder of a block that is held, or (while opening) of any.
@@ -99,12 +130,16 @@ impl Alloc {
             self.busy[word] |= bit;
             self.free -= 1;
         }
-        let group = index / CHUNK_BLOCKS;
-        let counts = self.holders[group].get_or_insert_with(|| vec![0; CHUNK_BLOCKS].into());
-        let count = &mut counts[index % CHUNK_BLOCKS];
-        if *count == 0 {
-            self.held_in_group[group] += 1;
+        if self.held[word] & bit == 0 {
+            self.held[word] |= bit;
+            if let Some(group) = &mut self.shared[index / CHUNK_BLOCKS] {
+                group.counts[index % CHUNK_BLOCKS] = 1;
+            }
+            return;
         }
+        let group = self.group(index);
+        let count = &mut group.counts[index % CHUNK_BLOCKS];
+        group.many += u32::from(*count == 1);
         *count = count.checked_add(1).expect("fewer than 2^32 holders");
     }
 
@@ -115,17 +150,20 @@ impl Alloc {
             return;
         }
         let index = self.index(block);
-        let group = index / CHUNK_BLOCKS;
-        let counts = self.holders[group].as_mut().expect("a held block");
-        let count = &mut counts[index % CHUNK_BLOCKS];
-        *count = count.checked_sub(1).expect("a held block");
-        if *count > 0 {
-            return;
+        assert!(self.is_held(index), "a held block");
+        let number = index / CHUNK_BLOCKS;
+        if let Some(group) = &mut self.shared[number] {
+            let count = &mut group.counts[index % CHUNK_BLOCKS];
+            *count -= 1;
+            if *count > 0 {
+                group.many -= u32::from(*count == 1);
+                if group.many == 0 {
+                    self.shared[number] = None;
+                }
+                return;
+            }
         }
-        self.held_in_group[group] -= 1;
-        if self.held_in_group[group] == 0 {
-            self.holders[group] = None;
-        }
+        self.held[index / 64] &= !(1 << (index % 64));
         self.home.remove(&block);
         self.pending.push(block);
     }
@@ -274,6 +312,31 @@ mod tests {
         assert!(alloc.take(1).is_none());
         let fresh = (100..170).filter(|block| *block != 111).map(|block| (block, 1)).collect();
         assert!(alloc.compare(&fresh).is_empty());
+    }
+
+    /// Counts are there while a block of the group is shared, and right before, then and after.
+    #[test]
+    fn counts_come_and_go_with_what_is_shared() {
+        let mut alloc = Alloc::new((64, 1500));
+        let runs = alloc.take(1100).expect("free");
+        assert_eq!(runs, [(64, 1100)]);
+        assert!(alloc.shared.iter().all(Option::is_none));
+        alloc.hold(70);
+        alloc.hold(70);
+        alloc.hold(71);
+        alloc.release(80);
+        let counted = [70, 71, 72, 80, 64 + 1099, 64 + 1100].map(|block| alloc.holders(block));
+        assert_eq!(counted, [3, 2, 1, 0, 1, 0]);
+        assert!(alloc.shared[0].is_some() && alloc.shared[1].is_none());
+        for block in [70, 71, 70] {
+            alloc.release(block);
+        }
+        assert!(alloc.shared[0].is_none(), "no block has more than one holder");
+        let mut fresh: HashMap<u32, u32> = (64..64 + 1100).map(|block| (block, 1)).collect();
+        fresh.remove(&80);
+        assert!(alloc.compare(&fresh).is_empty());
+        alloc.release(70);
+        assert_eq!((alloc.holders(70), alloc.pending()), (0, 2));
     }
 
     #[test]
