@@ -14,8 +14,7 @@ use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, SnapshotState, Storage, StorageEvent};
 use tercet_proto::{
     BlockRange, BlockVersion, Config, Copies, Entry, EntryHeader, EntryKind, Lsn, Piece, Place,
-    Promise, Repairs, ReplicaId, ReplicaState, StampRun, StorageError, Token, View, ViewId,
-    VolumeId,
+    Promise, Repairs, ReplicaId, ReplicaState, Stamps, StorageError, Token, View, ViewId, VolumeId,
 };
 
 use crate::SIZE_BLOCKS;
@@ -189,7 +188,7 @@ impl Copies for Store {
         unreachable!("{NO_COPIES}")
     }
 
-    fn view_stamps(&self, _: ViewId, _: usize, _: u64) -> Option<Vec<StampRun>> {
+    fn view_stamps(&mut self, _: ViewId, _: usize, _: u64, _: Token) -> Stamps {
         unreachable!("{NO_COPIES}")
     }
 
@@ -197,7 +196,7 @@ impl Copies for Store {
         unreachable!("{NO_COPIES}")
     }
 
-    fn stamps(&self, _: VolumeId, _: BlockRange) -> Vec<StampRun> {
+    fn stamps(&mut self, _: VolumeId, _: BlockRange, _: Token) -> Stamps {
         unreachable!("{NO_COPIES}")
     }
 

@@ -57,6 +57,17 @@ pub struct StampRun {
     pub hole: bool,
 }
 
+/// Stamps that were asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stamps {
+    /// These.
+    Here(Vec<StampRun>),
+    /// They have to be read first: `StorageEvent::Stamps` has them.
+    Later,
+    /// There is no such view or part.
+    Gone,
+}
+
 /// Blocks of a copy with one stamp.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Piece {
@@ -77,14 +88,15 @@ pub trait Copies {
     fn thaw(&mut self, view: ViewId);
 
     /// Stamps of a part from block `from` on, at most `STAMP_RUNS_MAX` runs and `STAMP_BLOCKS_MAX`
-    /// blocks; none behind its end. None where there is no such view or part.
-    fn view_stamps(&self, view: ViewId, part: usize, from: u64) -> Option<Vec<StampRun>>;
+    /// blocks; none behind its end. The token is used where they come later.
+    fn view_stamps(&mut self, view: ViewId, part: usize, from: u64, token: Token) -> Stamps;
 
     /// Reads blocks of a part, ranges in order. Answered by `StorageEvent::Read`.
     fn read_view(&mut self, view: ViewId, part: usize, ranges: &[BlockRange], token: Token);
 
-    /// Stamps of the volume's own map, which `range` lies in.
-    fn stamps(&self, volume: VolumeId, range: BlockRange) -> Vec<StampRun>;
+    /// Stamps of the volume's own map, which `range` lies in. The token is used where they come
+    /// later.
+    fn stamps(&mut self, volume: VolumeId, range: BlockRange, token: Token) -> Stamps;
 
     /// Begins a pass on an incomplete replica: gives up the snapshots that are not among these.
     fn copy_begin(&mut self, volume: VolumeId, keep: &[SnapshotState]);

@@ -17,7 +17,7 @@ pub mod storage;
 pub mod time;
 
 pub use config::{Config, ConfigState, IllegalStep, Member, Primary};
-pub use copy::{Copies, Piece, StampRun, View, ViewId};
+pub use copy::{Copies, Piece, StampRun, Stamps, View, ViewId};
 pub use entry::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise};
 pub use ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, SnapshotId, Token, VolumeId};
 pub use repair::{BlockVersion, Repairs};

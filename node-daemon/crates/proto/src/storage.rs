@@ -9,7 +9,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::config::Config;
-use crate::copy::Copies;
+use crate::copy::{Copies, StampRun};
 use crate::entry::{BlockRange, Entry, EntryHeader, Place, Promise};
 use crate::ids::{Lsn, ReplicaId, SnapshotId, Token, VolumeId};
 use crate::repair::{BlockVersion, Repairs};
@@ -182,6 +182,13 @@ pub enum StorageEvent {
         volume: VolumeId,
         /// The block, by the first of the volume's maps that has it: the volume's, then snapshots'.
         version: BlockVersion,
+    },
+    /// `view_stamps` or `stamps` has what it did not have at once.
+    Stamps {
+        /// The caller's token.
+        token: Token,
+        /// The runs, as if they had been given at once; or why not.
+        result: Result<Vec<StampRun>, StorageError>,
     },
     /// `read_log` has the entries.
     Log {

@@ -20,7 +20,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tercet_proto::message::{CopyMessage, Envelope, ReplicaMessage};
 use tercet_proto::{
-    BlockRange, Epoch, Instant, NodeName, ReplicaId, StorageError, View, ViewId, VolumeId,
+    BlockRange, Epoch, Instant, NodeName, ReplicaId, StampRun, Stamps, StorageError, View, ViewId,
+    VolumeId,
 };
 
 use crate::api::{CopyStatus, PeerId};
@@ -102,6 +103,18 @@ pub(crate) struct CopyRead {
     view: ViewId,
     part: u32,
     ranges: Vec<BlockRange>,
+}
+
+/// Stamps that are being read for a member.
+#[derive(Clone, Debug, Hash)]
+pub(crate) struct CopyStamps {
+    pub volume: VolumeId,
+    epoch: Epoch,
+    peer: PeerId,
+    to: ReplicaId,
+    view: ViewId,
+    part: u32,
+    from: u64,
 }
 
 impl Replica {
@@ -205,7 +218,6 @@ impl Replica {
         else {
             return;
         };
-        let from = self.sender(envelope.epoch);
         let Role::Primary(primary) = &mut self.role else { return };
         let source = primary.copies.sources.get_mut(&envelope.from);
         let source = source.filter(|one| one.view.id == *view);
@@ -216,10 +228,15 @@ impl Replica {
         match message {
             CopyMessage::AskStamps { view, part, from: first } => {
                 source.at = (part, first);
-                if let Some(runs) = cx.storage.view_stamps(view, part as usize, first) {
-                    let stamps = CopyMessage::Stamps { view, part, from: first, runs };
-                    cx.answer(peer, envelope.from, from, ReplicaMessage::Copy(stamps));
+                let (volume, epoch, to) = (self.volume, envelope.epoch, envelope.from);
+                let asked = CopyStamps { volume, epoch, peer, to, view, part, from: first };
+                let token = cx.tokens.issue(Purpose::CopyStamps(asked.clone()));
+                match cx.storage.view_stamps(view, part as usize, first, token) {
+                    Stamps::Later => return,
+                    Stamps::Here(runs) => self.on_copy_stamps(asked, Ok(runs), cx),
+                    Stamps::Gone => {}
                 }
+                cx.tokens.take(token);
             }
             CopyMessage::AskBlocks { view, part, ranges } => {
                 let read = CopyRead {
@@ -235,6 +252,19 @@ impl Replica {
             }
             _ => self.on_copied(peer, envelope, cx),
         }
+    }
+
+    /// Storage has the stamps that a member asked for. If it could not, that one asks again.
+    pub fn on_copy_stamps(
+        &mut self,
+        asked: CopyStamps,
+        result: Result<Vec<StampRun>, StorageError>,
+        cx: &mut Cx<'_>,
+    ) {
+        let CopyStamps { epoch, peer, to, view, part, from, .. } = asked;
+        let (true, Ok(runs)) = (self.leading_epoch() == Some(epoch), result) else { return };
+        let stamps = CopyMessage::Stamps { view, part, from, runs };
+        cx.answer(peer, to, self.sender(epoch), ReplicaMessage::Copy(stamps));
     }
 
     /// Storage has the blocks that a member asked for. If it could not, that one asks again.

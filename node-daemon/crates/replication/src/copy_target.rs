@@ -17,7 +17,8 @@ use tercet_proto::copy::{COPY_BLOCKS_MAX, COPY_RANGES_MAX};
 use tercet_proto::message::{CopyMessage, Envelope, ReplicaMessage};
 use tercet_proto::storage::{Incomplete, Source};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, Piece, Place, ReplicaId, StampRun, StorageError, Token, View, ViewId,
+    BLOCK_BYTES, BlockRange, Piece, Place, ReplicaId, StampRun, Stamps, StorageError, Token, View,
+    ViewId,
 };
 
 use crate::api::{Notice, Output, PeerId};
@@ -77,6 +78,8 @@ enum Step {
     Stamps,
     /// These blocks are asked for.
     Blocks(Vec<(BlockRange, Place)>),
+    /// These came; the own ones have to be read first.
+    Comparing(Token, Vec<StampRun>),
     /// Storage is at work.
     Storing,
     /// All is here; whether the log goes on from it is asked.
@@ -104,7 +107,7 @@ impl Pass {
                 self.ask(CopyMessage::AskBlocks { view, part, ranges }, cx);
             }
             Step::Copied => self.ask(CopyMessage::Copied { view }, cx),
-            Step::Storing => {}
+            Step::Comparing(..) | Step::Storing => {}
         }
     }
 }
@@ -196,7 +199,7 @@ impl Replica {
             CopyMessage::Stamps { view, part, from, runs }
                 if pass.step == Step::Stamps && pass.is_at(view, part) && pass.from == from =>
             {
-                self.on_stamps(&runs, cx);
+                self.on_stamps(runs, cx);
             }
             CopyMessage::Blocks { view, part, ranges, payload } if pass.is_at(view, part) => {
                 let asked = matches!(&pass.step, Step::Blocks(asked)
@@ -292,7 +295,7 @@ impl Replica {
         pass.send(cx);
     }
 
-    fn on_stamps(&mut self, runs: &[StampRun], cx: &mut Cx<'_>) {
+    fn on_stamps(&mut self, runs: Vec<StampRun>, cx: &mut Cx<'_>) {
         let Some(pass) = &mut self.incoming.pass else { return };
         let size = pass.part_blocks();
         if runs.is_empty() {
@@ -306,8 +309,41 @@ impl Replica {
             return;
         }
         let range = BlockRange { start: pass.from, count: count as u32 };
-        let own = cx.storage.stamps(self.volume, range);
-        let (holes, wanted) = compare(pass.from, runs, &own);
+        let token = cx.tokens.issue(Purpose::OwnStamps(self.volume));
+        match cx.storage.stamps(self.volume, range, token) {
+            Stamps::Later => pass.step = Step::Comparing(token, runs),
+            Stamps::Gone => self.incoming.stop(),
+            Stamps::Here(own) => {
+                cx.tokens.take(token);
+                self.compare_stamps(&runs, &own, cx);
+            }
+        }
+    }
+
+    /// Storage has the own stamps.
+    pub fn on_own_stamps(
+        &mut self,
+        token: Token,
+        result: Result<Vec<StampRun>, StorageError>,
+        cx: &mut Cx<'_>,
+    ) {
+        let Some(pass) = &mut self.incoming.pass else { return };
+        if !matches!(&pass.step, Step::Comparing(out, _) if *out == token) {
+            return; // of a pass that has ended
+        }
+        let step = std::mem::replace(&mut pass.step, Step::Stamps);
+        let Step::Comparing(_, runs) = step else { unreachable!("just looked at") };
+        match result {
+            Ok(own) => self.compare_stamps(&runs, &own, cx),
+            Err(_) => self.incoming.stop(), // begun anew with the next offer
+        }
+    }
+
+    /// Takes what differs.
+    fn compare_stamps(&mut self, runs: &[StampRun], own: &[StampRun], cx: &mut Cx<'_>) {
+        let Some(pass) = &mut self.incoming.pass else { return };
+        let count: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
+        let (holes, wanted) = compare(pass.from, runs, own);
         pass.from += count;
         pass.wanted = wanted;
         if holes.is_empty() {

@@ -7,7 +7,7 @@ use tercet_proto::storage::Storage;
 use tercet_proto::{Epoch, Instant, NewReplica, NodeName, Place, ReplicaId, Token, VolumeId};
 
 use crate::api::{AssociationId, HostCommand, Output, PeerId};
-use crate::copy_source::CopyRead;
+use crate::copy_source::{CopyRead, CopyStamps};
 use crate::lease::Pairs;
 use crate::options::Options;
 use crate::repair::VersionRead;
@@ -66,6 +66,10 @@ pub(crate) enum Purpose {
     FetchRead(VolumeId, FetchRead),
     /// `read_view` for a member that copies (C2).
     CopyRead(CopyRead),
+    /// `view_stamps` for a member that copies (C2).
+    CopyStamps(CopyStamps),
+    /// `stamps` of a replica that is copied (C2).
+    OwnStamps(VolumeId),
     /// A step of a copy here (C2).
     Copy(VolumeId),
     /// `read_version` for a member whose block is bad (C4).

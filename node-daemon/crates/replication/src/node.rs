@@ -299,6 +299,20 @@ impl Node {
                 }
                 _ => {}
             },
+            StorageEvent::Stamps { token, result } => match self.tokens.take(token) {
+                Some(Purpose::CopyStamps(asked)) => {
+                    let volume = asked.volume;
+                    self.with(volume, now, storage, out, |replica, cx| {
+                        replica.on_copy_stamps(asked, result, cx);
+                    });
+                }
+                Some(Purpose::OwnStamps(volume)) => {
+                    self.with(volume, now, storage, out, |replica, cx| {
+                        replica.on_own_stamps(token, result, cx);
+                    });
+                }
+                _ => {}
+            },
             StorageEvent::Log { token, result } => match self.tokens.take(token) {
                 Some(Purpose::LagRead(volume, epoch, to)) => {
                     self.with(volume, now, storage, out, |replica, cx| {

@@ -18,7 +18,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tercet_proto::message::{Declined, Envelope, RepairMessage, ReplicaMessage};
 use tercet_proto::{
-    BlockRange, BlockVersion, Epoch, Instant, Member, NodeName, ReplicaId, SnapshotId,
+    BlockRange, BlockVersion, Epoch, Instant, Member, NodeName, ReplicaId, SnapshotId, Stamps,
     StorageError, Token, VolumeId,
 };
 
@@ -132,12 +132,16 @@ impl Replica {
         }
     }
 
-    /// Whether the block is still what it was: not written over, its snapshot not deleted.
-    fn is_still_there(&self, version: &BlockVersion, cx: &Cx<'_>) -> bool {
+    /// Whether the block is still what it was: not written over, its snapshot not deleted. Where that
+    /// is not known at once it is taken for it: storage refuses a repair of anything else.
+    fn is_still_there(&self, version: &BlockVersion, cx: &mut Cx<'_>) -> bool {
         match version.snapshot {
             None => {
                 let range = BlockRange { start: version.block, count: 1 };
-                let runs = cx.storage.stamps(self.volume, range);
+                let token = cx.tokens.issue(Purpose::OwnStamps(self.volume));
+                let stamps = cx.storage.stamps(self.volume, range, token);
+                cx.tokens.take(token);
+                let Stamps::Here(runs) = stamps else { return true };
                 runs.iter().any(|run| run.stamp == version.stamp && !run.hole)
             }
             Some(id) => cx.storage.snapshots(self.volume).iter().any(|there| there.id == id),

@@ -6,7 +6,7 @@
 //! handed out in the order in which they were queued.
 
 use tercet_proto::storage::Storage;
-use tercet_proto::{Instant, StorageEvent, VolumeId};
+use tercet_proto::{Instant, Place, StorageEvent, VolumeId};
 use tercet_replication::api::{Input, Output, ReplicaStatus};
 use tercet_store::disk::{DiskDone, DiskOp, DiskToken};
 
@@ -37,6 +37,9 @@ pub(crate) trait Backend: Storage {
 
     /// Where on the device the bytes of a block are: in 4 KiB from its start.
     fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64>;
+
+    /// The entry that changed a block last, where that is at hand.
+    fn stamp_of(&self, volume: VolumeId, block: u64) -> Option<Place>;
 
     /// Bytes that a replica's newest state maps.
     fn allocated_bytes(&self, volume: VolumeId) -> Option<u64>;
@@ -117,6 +120,10 @@ impl Machine {
 
     pub(crate) fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64> {
         self.store.place_of(volume, block)
+    }
+
+    pub(crate) fn stamp_of(&self, volume: VolumeId, block: u64) -> Option<Place> {
+        self.store.stamp_of(volume, block)
     }
 
     pub(crate) fn storage(&self) -> &dyn Storage {

@@ -5,7 +5,7 @@
 //! is no orderly end: a start is a recovery.
 
 use tercet_proto::storage::Storage;
-use tercet_proto::{Instant, StorageEvent, VolumeId};
+use tercet_proto::{Instant, Place, StorageEvent, VolumeId};
 use tercet_replication::Node;
 use tercet_replication::api::{Input, Output, ReplicaStatus};
 use tercet_store::Store;
@@ -86,6 +86,11 @@ impl Shard {
         self.machine.place_of(volume, block)
     }
 
+    /// The entry that changed a block last, where that is at hand.
+    pub fn stamp_of(&self, volume: VolumeId, block: u64) -> Option<Place> {
+        self.machine.stamp_of(volume, block)
+    }
+
     /// What is stored here, to look at.
     pub fn storage(&self) -> &dyn Storage {
         self.machine.storage()
@@ -124,6 +129,10 @@ impl Backend for Store {
 
     fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64> {
         self.place_of(volume, block)
+    }
+
+    fn stamp_of(&self, volume: VolumeId, block: u64) -> Option<Place> {
+        self.stamp_of(volume, block)
     }
 
     fn allocated_bytes(&self, volume: VolumeId) -> Option<u64> {

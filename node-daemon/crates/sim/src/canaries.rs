@@ -110,5 +110,8 @@ pub fn all() -> Vec<Bird> {
         Store S::IgnoreChecksums 30,
         Store S::EmptyClone 0,
         Store S::ForgetRelease 0,
+        Store S::ForgetDeadLeaf 0,
+        Store S::LosePatch 0,
+        Store S::ReadUnwrittenLeaf 0,
     ]
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use tercet_proto::{BlockRange, Place};
+use tercet_proto::Place;
 use tercet_shard::{ScrubPace, Shard};
 
 use crate::mix::{Fault, MS, Mix, S};
@@ -123,10 +123,7 @@ impl World {
     }
 
     fn stamp_of(&self, node: usize, volume: usize, block: u64) -> Option<Place> {
-        let storage = self.nodes[node].shard().map(Shard::storage)?;
-        let id = self.volumes[volume].id;
-        storage.replica(id)?;
-        Some(storage.stamps(id, BlockRange { start: block, count: 1 })[0].stamp)
+        self.nodes[node].shard()?.stamp_of(self.volumes[volume].id, block)
     }
 
     /// The stamp of a block that is in place, durable and needed by no start.

@@ -69,7 +69,10 @@ impl Device {
         canary: Option<Canary>,
         now: Instant,
     ) -> Result<(Shard, OpenReport), OpenError> {
-        let mut options = Options::new(tercet_store::options::Options::new(self.arena.clone()));
+        let store = tercet_store::options::Options::new(self.arena.clone());
+        // Four leaves: what is mapped is read from the device again and again.
+        let store = tercet_store::options::Options { leaf_cache_bytes: 96 << 10, ..store };
+        let mut options = Options::new(store);
         options.store.scrub = self.scrub;
         break_rule(&mut options, canary);
         if !self.formatted {

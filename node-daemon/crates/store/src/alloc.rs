@@ -145,9 +145,24 @@ impl Alloc {
 
     /// Takes a holder away; without any the block becomes pending.
     pub(crate) fn release(&mut self, block: u32) {
+        if self.give_up(block) {
+            self.pending.push(block);
+        }
+    }
+
+    /// As `release`, of a block that the checkpoint being made does not name: it may be used again
+    /// when that one is durable, not only after the next one (rule W8).
+    pub(crate) fn release_replaced(&mut self, block: u32) {
+        if self.give_up(block) {
+            self.aging.push(block);
+        }
+    }
+
+    /// Takes a holder away, and says whether it was the last.
+    fn give_up(&mut self, block: u32) -> bool {
         #[cfg(feature = "canary")]
         if std::mem::take(&mut self.forget_release) {
-            return;
+            return false;
         }
         let index = self.index(block);
         assert!(self.is_held(index), "a held block");
@@ -160,12 +175,12 @@ impl Alloc {
                 if group.many == 0 {
                     self.shared[number] = None;
                 }
-                return;
+                return false;
             }
         }
         self.held[index / 64] &= !(1 << (index % 64));
         self.home.remove(&block);
-        self.pending.push(block);
+        true
     }
 
     pub(crate) fn release_runs(&mut self, runs: &[Run]) {

@@ -14,6 +14,9 @@ use crate::store::{
     ENTRY_BLOCKS_MAX, EXTENT_BLOCKS_MIN, QUEUED_BLOCKS_MAX, Store, TOMBSTONES_MAX, Tombstone,
 };
 
+/// Changed blocks in memory at which nothing more is appended until a checkpoint has written them.
+const PATCHED_BLOCKS_MAX: u64 = 1 << 21;
+
 impl Store {
     /// Blocks kept back so that a checkpoint, and so deleting, always has room.
     pub(crate) fn metadata_reserve(&self) -> u64 {
@@ -32,7 +35,9 @@ impl Store {
             return Ok(());
         }
         let pinned: u64 = self.log.records.iter().map(|record| record.extent_blocks).sum();
-        let coming = self.alloc.pending().saturating_sub(2 * self.root_blocks) + pinned;
+        // What a checkpoint replaces, and what the dead give up, is free after the next ones.
+        let replaced = self.leaves.patched + self.leaves.dead_blocks;
+        let coming = self.alloc.pending().saturating_sub(2 * self.root_blocks) + pinned + replaced;
         if coming > 0 || self.checkpoint.is_some() || blocks == 0 {
             self.cut_all = true;
             self.checkpoint_wanted = true;
@@ -70,6 +75,10 @@ impl Store {
             // where nothing has changed there would be none: a long append would wait for ever.
             let left = u64::from(self.log.ring.1) / 4 + RING_MARGIN_BLOCKS;
             self.cut_all |= !self.changed || ring + left > u64::from(self.log.ring.1);
+            self.checkpoint_wanted = true;
+            return Err(StorageError::Busy);
+        }
+        if self.leaves.patched > PATCHED_BLOCKS_MAX {
             self.checkpoint_wanted = true;
             return Err(StorageError::Busy);
         }

@@ -1,31 +1,29 @@
 //! Metadata checkpoints, in bounded steps beside everything else.
 //!
 //! 1. *Freeze*: what every record below `frozen` (the mark) did is what the checkpoint holds. Maps
-//!    are frozen by one more holder of each leaf. Entries not applied yet below the cut are carried.
+//!    are frozen by one more holder of each. Entries not applied yet below the cut are carried.
 //! 2. *Copy*: small payloads that the frozen maps name go from the ring to their blocks, in the
 //!    ring's order.
-//! 3. *Leaves* that changed, and the *root* that names all, go to fresh blocks.
+//! 3. *Leaves* that changed (`merge`), and the *root* that names all (`root`), go to fresh blocks.
 //! 4. *Flush*, then the *slot* with FUA: now the checkpoint is durable.
 //! 5. *Confirm*: a record that names it. Only when that is durable the log is cut and freed space
 //!    used again (rule W8): so nobody can ever take an older checkpoint for the newest, because a
 //!    record that knows better is there before anything of the older one is overwritten.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 
-use tercet_proto::disk::{
-    CHUNK_BLOCKS, EntryItem, LeafImage, Put, ROOT_PAYLOAD_BYTES, RootBlock, Run, Slot, crc32c,
-};
-use tercet_proto::storage::{Incomplete, SnapshotState};
-use tercet_proto::{BLOCK_BYTES, Place, Promise, ReplicaId, VolumeId};
+use tercet_proto::disk::{CHUNK_BLOCKS, Put, Run, Slot};
+use tercet_proto::{BLOCK_BYTES, VolumeId};
 
 use crate::arena::Buf;
 use crate::changes::take_reserved;
 use crate::disk::DiskOp;
 use crate::layout::SLOT_BLOCKS;
-use crate::map::{Chunk, Leaf, LeafPlace, Map, Space};
-use crate::replica::{Payload, Snapshot};
-use crate::store::{OpKind, Store, Tombstone};
+use crate::leaf::LeafNo;
+use crate::map::{Map, Space};
+use crate::replica::Payload;
+use crate::root::{Frozen, encode_tombstones};
+use crate::store::{OpKind, Store};
 
 /// Entries that the log retains after a checkpoint at most: what is replayed in half a second.
 const RETAINED_ENTRIES_MAX: u64 = 50_000;
@@ -36,8 +34,9 @@ const COPY_SPAN_BLOCKS: u32 = 64;
 /// Blocks of others in between that are read along.
 const COPY_GAP_BLOCKS: u32 = 4;
 const COPIES_IN_FLIGHT_MAX: usize = 4;
-const WRITES_IN_FLIGHT_MAX: usize = 16;
-const LEAVES_PER_STEP_MAX: usize = 8;
+pub(crate) const WRITES_IN_FLIGHT_MAX: usize = 16;
+/// Changed blocks in memory that bring about a checkpoint: 16 MiB of patches.
+const PATCHED_BLOCKS_MAX: u64 = 1 << 19;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -49,23 +48,6 @@ enum Phase {
     Confirm,
 }
 
-/// What is written of one replica.
-#[derive(Debug)]
-pub(crate) struct Frozen {
-    pub(crate) number: u64,
-    pub(crate) volume: VolumeId,
-    pub(crate) replica: ReplicaId,
-    pub(crate) name: String,
-    pub(crate) size_blocks: u64,
-    pub(crate) promise: Option<Promise>,
-    pub(crate) incomplete: Option<Incomplete>,
-    pub(crate) applied: Place,
-    pub(crate) durable: Place,
-    pub(crate) carried: Vec<EntryItem>,
-    pub(crate) head: Map,
-    pub(crate) snapshots: Vec<Snapshot>,
-}
-
 #[derive(Debug)]
 struct Unit {
     /// (ring, block), in the ring's order.
@@ -73,34 +55,41 @@ struct Unit {
     writes_left: usize,
 }
 
+/// A write of leaves or root that is to be sent.
+#[derive(Debug)]
+pub(crate) struct Write {
+    pub(crate) first: u32,
+    pub(crate) bytes: Vec<u8>,
+    /// The leaf that is pinned until it is done.
+    pub(crate) leaf: Option<LeafNo>,
+}
+
 /// A checkpoint being made.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
-    sequence: u64,
-    frozen: u64,
-    cut: u64,
-    previous: (u64, u32),
+    pub(crate) sequence: u64,
+    pub(crate) frozen: u64,
+    pub(crate) cut: u64,
+    pub(crate) previous: (u64, u32),
     phase: Phase,
     copies: VecDeque<(u32, u32)>,
     units: BTreeMap<u64, Unit>,
     next_unit: u64,
     ready: Vec<(u64, Buf)>,
-    leaves: VecDeque<(Arc<Leaf>, u32)>,
-    head_bytes: Vec<u8>,
-    replicas: Vec<Frozen>,
-    writes: VecDeque<(u32, Vec<u8>)>,
+    /// Leaves that are still to be written, held; each behind its base.
+    pub(crate) leaves: VecDeque<LeafNo>,
+    /// Bases that were read for them, pinned.
+    pub(crate) bases: BTreeSet<LeafNo>,
+    pub(crate) head_bytes: Vec<u8>,
+    pub(crate) replicas: Vec<Frozen>,
+    pub(crate) writes: VecDeque<Write>,
     writes_in_flight: usize,
-    root: Option<(Vec<Run>, u64, Slot)>,
+    pub(crate) root: Option<(Vec<Run>, u64, Slot)>,
 }
 
 impl Checkpoint {
     pub(crate) fn maps(&self) -> impl Iterator<Item = &Map> {
         self.replicas.iter().flat_map(Frozen::maps)
-    }
-
-    /// Leaves that are still to be written.
-    pub(crate) fn leaves(&self) -> impl Iterator<Item = &Arc<Leaf>> {
-        self.leaves.iter().map(|(leaf, _)| leaf)
     }
 
     /// The block of the ring at which a span that is being copied begins.
@@ -117,105 +106,6 @@ impl Checkpoint {
     }
 }
 
-impl Frozen {
-    fn maps(&self) -> impl Iterator<Item = &Map> {
-        std::iter::once(&self.head).chain(self.snapshots.iter().rev().map(|snap| &snap.map))
-    }
-
-    /// Its part of the root stream.
-    fn encode(&self, put: &mut Put, places: &std::collections::HashMap<u64, LeafPlace>) {
-        put.u64(self.number);
-        put.bytes(self.volume.as_bytes());
-        put.bytes(self.replica.as_bytes());
-        put.text(&self.name);
-        put.u64(self.size_blocks);
-        put.incomplete(self.incomplete);
-        put.u8(u8::from(self.promise.is_some()));
-        if let Some(promise) = &self.promise {
-            put.config(&promise.config);
-        }
-        put.place(self.applied);
-        put.place(self.durable);
-        put.u32(self.carried.len() as u32);
-        for entry in &self.carried {
-            entry.encode(put);
-        }
-        put.u32(self.snapshots.len() as u32);
-        for snapshot in &self.snapshots {
-            let SnapshotState { id, place, size_blocks } = &snapshot.state;
-            put.bytes(id.as_bytes());
-            put.place(*place);
-            put.u64(*size_blocks);
-        }
-        let mut newer: Option<&Map> = None;
-        for map in self.maps() {
-            encode_map(put, map, newer, places);
-            newer = Some(map);
-        }
-    }
-}
-
-/// A map as what differs from the next newer one of the same volume.
-fn encode_map(
-    put: &mut Put,
-    map: &Map,
-    newer: Option<&Map>,
-    places: &std::collections::HashMap<u64, LeafPlace>,
-) {
-    put.u32(map.chunks.len() as u32);
-    let same = |index: usize| {
-        let other = newer.and_then(|newer| newer.chunks.get(index));
-        other.is_some_and(|other| other.same(&map.chunks[index]))
-    };
-    let mut index = 0;
-    while index < map.chunks.len() {
-        let start = index;
-        if same(index) {
-            while index < map.chunks.len() && same(index) {
-                index += 1;
-            }
-            put.u8(0);
-            put.u32((index - start) as u32);
-            continue;
-        }
-        match &map.chunks[index] {
-            Chunk::Hole(stamp) => {
-                let alike = |chunk: &Chunk| matches!(chunk, Chunk::Hole(other) if other == stamp);
-                while index < map.chunks.len() && !same(index) && alike(&map.chunks[index]) {
-                    index += 1;
-                }
-                put.u8(1);
-                put.u32((index - start) as u32);
-                put.place(*stamp);
-            }
-            Chunk::Leaf { leaf, inherited } => {
-                let place = &places[&leaf.id];
-                put.u8(if *inherited { 3 } else { 2 });
-                put.u64(leaf.id);
-                put.u32(place.crc);
-                put.u8(u8::try_from(place.runs.len()).expect("at most 8 runs"));
-                for (start, count) in &place.runs {
-                    put.u32(*start);
-                    put.u32(*count);
-                }
-                index += 1;
-            }
-        }
-    }
-}
-
-fn encode_tombstones(put: &mut Put, tombstones: &[Tombstone]) {
-    put.u32(tombstones.len() as u32);
-    for stone in tombstones {
-        put.bytes(stone.volume.as_bytes());
-        put.bytes(stone.replica.as_bytes());
-        put.u8(u8::from(stone.config.is_some()));
-        if let Some(config) = &stone.config {
-            put.config(config);
-        }
-    }
-}
-
 impl Store {
     fn checkpoint_due(&self) -> bool {
         let reserve = u64::from(self.superblock.data.1) / 32;
@@ -223,7 +113,8 @@ impl Store {
             || self.log.used() > u64::from(self.log.ring.1) / 2
             || self.log.entries > ENTRIES_MAX
             || self.leaves.dirty() * 8 > reserve / 2
-            || self.alloc.pending() > u64::from(self.superblock.data.1) / 8
+            || self.leaves.patched > PATCHED_BLOCKS_MAX
+            || self.alloc.pending() + self.leaves.patched > u64::from(self.superblock.data.1) / 8
     }
 
     /// One bounded step of whatever is to be done.
@@ -302,7 +193,7 @@ impl Store {
         encode_tombstones(&mut put, &self.tombstones);
         let copies = self.alloc.away().into();
         self.alloc.age();
-        let mut checkpoint = Checkpoint {
+        let checkpoint = Checkpoint {
             sequence: self.checkpoint_durable + 1,
             frozen: self.log.durable,
             cut,
@@ -312,28 +203,15 @@ impl Store {
             units: BTreeMap::new(),
             next_unit: 0,
             ready: Vec::new(),
-            leaves: VecDeque::new(),
+            leaves: self.leaves.dirty_in_order().into(),
+            bases: BTreeSet::new(),
             head_bytes: put.0,
             replicas,
             writes: VecDeque::new(),
             writes_in_flight: 0,
             root: None,
         };
-        let mut seen = BTreeSet::new();
-        let mut leaves = VecDeque::new();
-        // Views are not in the root, but what they alone hold would be counted as dirty for ever.
-        let views = self.views.values().flat_map(crate::view::Frozen::maps);
-        for map in checkpoint.maps().chain(views) {
-            for (index, chunk) in map.chunks.iter().enumerate() {
-                if let Chunk::Leaf { leaf, .. } = chunk
-                    && !self.leaves.places.contains_key(&leaf.id)
-                    && seen.insert(leaf.id)
-                {
-                    leaves.push_back((Arc::clone(leaf), index as u32));
-                }
-            }
-        }
-        checkpoint.leaves = leaves;
+        checkpoint.leaves.iter().for_each(|no| self.leaves.hold(*no));
         self.checkpoint = Some(checkpoint);
         #[cfg(feature = "canary")]
         self.break_freeze(cut);
@@ -376,6 +254,12 @@ impl Store {
             head: replica.head.clone(),
             snapshots: replica.snapshots.clone(),
         }
+    }
+
+    /// A write of a leaf has completed: it can be read from the device.
+    pub(crate) fn on_leaf_written(&mut self, no: LeafNo) {
+        self.leaves.unpin(no, &mut self.alloc);
+        self.on_checkpoint_io();
     }
 
     /// Reads the next spans of the ring.
@@ -459,86 +343,21 @@ impl Store {
         }
     }
 
-    fn pump_leaves(&mut self, now: &mut Checkpoint) {
-        for _ in 0..LEAVES_PER_STEP_MAX {
-            if now.writes.len() >= WRITES_IN_FLIGHT_MAX {
-                return;
-            }
-            let Some((leaf, chunk)) = now.leaves.pop_front() else {
-                return;
-            };
-            let store = self.superblock.store;
-            let bytes =
-                LeafImage { store, id: leaf.id, chunk, blocks: leaf.blocks.clone() }.encode();
-            let count = (bytes.len() / BLOCK_BYTES) as u32;
-            let runs = self.alloc.take(count).expect("kept back for metadata");
-            let mut from = 0;
-            for run in &runs {
-                let to = from + run.1 as usize * BLOCK_BYTES;
-                now.writes.push_back((run.0, bytes[from..to].to_vec()));
-                from = to;
-            }
-            let crc = u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"));
-            self.leaves.places.insert(leaf.id, LeafPlace { runs, crc });
-            self.leaves.release(leaf, &mut self.alloc);
-        }
-    }
-
     fn pump_writes(&mut self, now: &mut Checkpoint) {
         while now.writes_in_flight < WRITES_IN_FLIGHT_MAX {
-            let Some((block, bytes)) = now.writes.front() else {
+            let Some(Write { first, bytes, leaf }) = now.writes.front() else {
                 return;
             };
             let Some(mut data) = self.options.arena.take(bytes.len() / BLOCK_BYTES) else {
                 return;
             };
             data.copy_from_slice(bytes);
-            let offset = u64::from(*block) * BLOCK_BYTES as u64;
+            let offset = u64::from(*first) * BLOCK_BYTES as u64;
+            let kind = leaf.map_or(OpKind::Checkpoint, |no| OpKind::LeafWrite { no });
             now.writes.pop_front();
             now.writes_in_flight += 1;
-            self.submit(OpKind::Checkpoint, DiskOp::Write { offset, data, fua: false });
+            self.submit(kind, DiskOp::Write { offset, data, fua: false });
         }
-    }
-
-    fn write_root(&mut self, now: &mut Checkpoint) {
-        let mut put = Put(std::mem::take(&mut now.head_bytes));
-        put.u32(now.replicas.len() as u32);
-        for replica in &now.replicas {
-            replica.encode(&mut put, &self.leaves.places);
-        }
-        let stream = put.0;
-        let store = self.superblock.store;
-        let sequence = now.sequence;
-        let count = stream.len().div_ceil(ROOT_PAYLOAD_BYTES) as u32;
-        let runs = self.alloc.take(count).expect("kept back for metadata");
-        let blocks: Vec<u32> = runs.iter().flat_map(|run| run.0..run.0 + run.1).collect();
-        for (index, payload) in stream.chunks(ROOT_PAYLOAD_BYTES).enumerate() {
-            let next = blocks.get(index + 1).copied().unwrap_or(0);
-            let (payload, position) = (payload.to_vec(), index as u32);
-            let block = RootBlock { store, sequence, index: position, next, payload }.encode();
-            match now.writes.back_mut() {
-                Some((first, bytes))
-                    if *first as usize + bytes.len() / BLOCK_BYTES == blocks[index] as usize
-                        && bytes.len() < COPY_SPAN_BLOCKS as usize * BLOCK_BYTES =>
-                {
-                    bytes.extend_from_slice(&*block);
-                }
-                _ => now.writes.push_back((blocks[index], block.to_vec())),
-            }
-        }
-        let slot = Slot {
-            store,
-            sequence,
-            log_start: now.cut,
-            previous: now.previous.0,
-            previous_crc: now.previous.1,
-            frozen: now.frozen,
-            root: blocks[0],
-            root_blocks: count,
-            root_bytes: stream.len() as u64,
-            root_crc: crc32c(&stream),
-        };
-        now.root = Some((runs, u64::from(count), slot));
     }
 
     /// A write, the flush or the slot of the checkpoint has completed.

@@ -52,18 +52,19 @@ impl Store {
 
     /// The snapshot's map as a clone has it, where it is applied here. While the source itself is
     /// being copied its map is in no log, and after a crash it may be another (C2).
-    fn inherited(&self, source: Source, size_blocks: u64) -> Result<Option<Map>, StorageError> {
+    fn inherited(&mut self, source: Source, size_blocks: u64) -> Result<Option<Map>, StorageError> {
         let replica = self.live_replica(source.volume)?;
         if replica.incomplete.is_some() {
             return Ok(None);
         }
         let found = replica.snapshots.iter().find(|snap| snap.state.id == source.snapshot);
-        Ok(found.map(|snapshot| {
-            assert!(size_blocks >= snapshot.state.size_blocks, "S3: at least the source's size");
-            let mut map = snapshot.map.inherit();
-            map.grow(size_blocks);
-            map
-        }))
+        let Some(snapshot) = found else { return Ok(None) };
+        assert!(size_blocks >= snapshot.state.size_blocks, "S3: at least the source's size");
+        let of = snapshot.map.clone();
+        let mut map = of.inherit(&mut self.leaves);
+        of.release(&mut Space { alloc: &mut self.alloc, leaves: &mut self.leaves });
+        map.grow(size_blocks);
+        Ok(Some(map))
     }
 
     /// From now on it is looked at whenever a snapshot is applied.

@@ -64,7 +64,7 @@ impl Store {
         self.copied(volume);
         let replica = self.replicas.get_mut(&volume).expect("looked at");
         let mut space = Space { alloc: &mut self.alloc, leaves: &mut self.leaves };
-        replica.head.resize(size_blocks, &mut space);
+        replica.head.resize(replica.size_blocks, size_blocks, &mut space);
         replica.size_blocks = size_blocks;
     }
 

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use serde::Serialize;
-use tercet_proto::disk::{LeafBlock, Slot, Superblock, crc32c};
+use tercet_proto::disk::{CHUNK_BLOCKS, LeafBlock, Slot, Superblock, crc32c};
 use tercet_proto::storage::{Incomplete, SnapshotState};
 use tercet_proto::{BLOCK_BYTES, InstanceId, NodeName, Place, ReplicaId, SnapshotId, VolumeId};
 use uuid::Uuid;
@@ -18,7 +18,8 @@ use crate::disk::Disk;
 use crate::format::{check_arena, check_capacity};
 use crate::io::Io;
 use crate::layout::{SLOT_BLOCKS, SUPERBLOCK_BLOCKS};
-use crate::map::{Chunk, Map};
+use crate::leaf::{Chunk, LeafNo, Leaves};
+use crate::map::Map;
 use crate::open::{check_superblock, load, read_superblock};
 use crate::options::{OpenError, OpenReport, Options};
 use crate::replica::{Payload, Replica};
@@ -210,7 +211,8 @@ impl Store {
             }
         };
         let log = report.damaged.iter().map(|volume| Problem::Log { volume: *volume });
-        let counts = store.check().into_iter().map(|what| Problem::Count { what });
+        let mut read = |run| io.read(run).map_or_else(|_| Vec::new(), |buf| buf.to_vec());
+        let counts = store.check(&mut read).into_iter().map(|what| Problem::Count { what });
         found.problems.extend(log.chain(counts));
         found.contents = Some(contents(&store, &report, instance));
         if depth == Depth::Blocks {
@@ -272,17 +274,27 @@ fn contents(store: &Store, report: &OpenReport, instance: InstanceId) -> Content
         log_records: report.log_records,
         log_entries: report.log_entries,
         tombstones: store.tombstones.len() as u64,
-        replicas: store.replicas.iter().map(|(volume, one)| replica(*volume, one)).collect(),
+        replicas: store
+            .replicas
+            .iter()
+            .map(|(volume, one)| replica(*volume, one, &store.leaves))
+            .collect(),
     }
 }
 
-fn replica(volume: VolumeId, found: &Replica) -> ReplicaFacts {
+fn replica(volume: VolumeId, found: &Replica, leaves: &Leaves) -> ReplicaFacts {
     let pair = |place: Place| (place.epoch.0, place.lsn.0);
     let snapshots = found.snapshots.iter().map(|one| {
         let SnapshotState { id, place, size_blocks } = one.state;
         let (epoch, lsn) = pair(place);
         let size_bytes = size_blocks * BLOCK_BYTES as u64;
-        SnapshotFacts { snapshot: id, epoch, lsn, size_bytes, mapped_bytes: mapped(&one.map) }
+        SnapshotFacts {
+            snapshot: id,
+            epoch,
+            lsn,
+            size_bytes,
+            mapped_bytes: mapped(&one.map, leaves),
+        }
     });
     ReplicaFacts {
         volume,
@@ -303,13 +315,13 @@ fn replica(volume: VolumeId, found: &Replica) -> ReplicaFacts {
         applied: pair(found.applied),
         tail: pair(found.tail),
         log_start_lsn: found.log_start().0,
-        mapped_bytes: mapped(&found.head),
+        mapped_bytes: mapped(&found.head, leaves),
         snapshots: snapshots.collect(),
     }
 }
 
-fn mapped(map: &Map) -> u64 {
-    map.written_blocks() * BLOCK_BYTES as u64
+fn mapped(map: &Map, leaves: &Leaves) -> u64 {
+    map.written_blocks(leaves) * BLOCK_BYTES as u64
 }
 
 /// A block to compare: where it is and what it must be.
@@ -335,10 +347,10 @@ impl Blocks<'_, '_> {
             let older =
                 one.snapshots.iter().map(|snapshot| (Some(snapshot.state.id), &snapshot.map));
             for (snapshot, map) in std::iter::once((None, &one.head)).chain(older) {
-                for (number, chunk) in map.chunks.iter().enumerate() {
-                    let Chunk::Leaf { leaf, .. } = chunk else { continue };
-                    if seen.insert(leaf.id) {
-                        self.leaf(*volume, snapshot, number as u64, &leaf.blocks)?;
+                for (number, chunk) in map.chunks().enumerate() {
+                    if chunk.leaf().is_some_and(|no| seen.insert(no)) {
+                        let blocks = self.blocks_of(chunk)?;
+                        self.leaf(*volume, snapshot, number as u64, &blocks)?;
                         (self.progress)(self.found.blocks_checked, total);
                     }
                 }
@@ -355,6 +367,20 @@ impl Blocks<'_, '_> {
             }
         }
         Ok(())
+    }
+
+    fn blocks_of(&mut self, chunk: Chunk) -> Result<Vec<LeafBlock>, OpenError> {
+        let (store, io) = (self.store, &mut self.io);
+        let mut blocks = Vec::with_capacity(CHUNK_BLOCKS);
+        let mut get = |no: LeafNo| {
+            let place = store.leaves.place_of(no);
+            let bytes: Vec<u8> =
+                io.read_all(&place.runs)?.iter().flat_map(|b| b.to_vec()).collect();
+            let found = store.decode_leaf(&place, &bytes);
+            found.map_err(|error| OpenError::Damaged(error.to_string()))
+        };
+        store.leaves.fill_by(chunk, (0, CHUNK_BLOCKS), &mut blocks, &mut get)?;
+        Ok(blocks)
     }
 
     fn leaf(

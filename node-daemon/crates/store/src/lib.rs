@@ -15,6 +15,7 @@ pub mod simdisk;
 pub mod store;
 
 mod alloc;
+mod cache;
 mod changes;
 mod check;
 mod checkpoint;
@@ -23,19 +24,26 @@ mod format;
 mod incoming;
 mod io;
 mod layout;
+mod leaf;
+mod load;
 mod log;
 mod map;
+mod merge;
 mod open;
+mod parked;
 mod read;
 mod repair;
 mod replay;
 mod replica;
 mod reread;
+mod root;
 mod scan;
 mod scrub;
 mod seam;
+mod task;
 mod view;
 
+pub use check::ReadRun;
 #[cfg(feature = "canary")]
 pub use options::Canary;
 pub use options::{FormatOptions, OpenError, OpenReport, Options, Usage};

@@ -4,12 +4,10 @@
 //! (rule R2). Nothing is repaired on the device but the superblocks, which learn who opened it
 //! (rule L5); damaged replicas are marked in the log as soon as the store runs.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::collections::HashMap;
 
 use tercet_proto::disk::{
-    EntryItem, FORMAT_VERSION, Get, LeafImage, Location, Malformed, RootBlock, Run, Slot,
-    Superblock, crc32c,
+    EntryItem, FORMAT_VERSION, Get, Location, Malformed, RootBlock, Run, Slot, Superblock, crc32c,
 };
 use tercet_proto::storage::SnapshotState;
 use tercet_proto::{BLOCK_BYTES, InstanceId, Promise, ReplicaId, SnapshotId, VolumeId};
@@ -19,7 +17,9 @@ use crate::disk::Disk;
 use crate::format::{check_arena, check_capacity};
 use crate::io::Io;
 use crate::layout::{SLOT_BLOCKS, SUPERBLOCK_BLOCKS};
-use crate::map::{Chunk, Leaf, LeafPlace, Map};
+use crate::leaf::{Chunk, LeafNo, LeafPlace, Leaves};
+use crate::load::LeafError;
+use crate::map::Map;
 use crate::options::{OpenError, OpenReport, Options};
 use crate::replay::Replay;
 use crate::replica::{LogEntry, Payload, Replica, Snapshot};
@@ -72,7 +72,8 @@ pub(crate) fn load(
     let slot = read_slot(io, &superblock)?;
     let strict = is_strict(&options);
     let mut store = Store::with(options, superblock, slot.log_start);
-    let pending = Root::read(io, &slot, &store.superblock)?.fill(io, &mut store)?;
+    let root = Root::read(io, &slot, &store.superblock, &mut store.leaves)?;
+    let pending = root.fill(io, &mut store)?;
     let data = |run: Run| store.alloc.contains(run);
     let scan = scan(io, store.superblock.store, store.log.ring, &data, &slot, strict)?;
     store.checkpoint_durable = slot.sequence;
@@ -162,20 +163,14 @@ fn bad(what: &str) -> impl Fn(Malformed) -> OpenError + '_ {
     move |error| OpenError::Damaged(format!("{what}: {error}"))
 }
 
-/// A chunk as the root stream names it.
-#[derive(Clone, Debug)]
-enum RootChunk {
-    Hole(tercet_proto::Place),
-    Leaf { id: u64, inherited: bool },
-}
-
 #[derive(Debug)]
 struct RootReplica {
     volume: VolumeId,
     replica: Replica,
     carried: Vec<EntryItem>,
     snapshots: Vec<SnapshotState>,
-    maps: Vec<Vec<RootChunk>>,
+    /// Newest first.
+    maps: Vec<Map>,
 }
 
 /// The decoded root stream.
@@ -186,11 +181,23 @@ struct Root {
     next_leaf: u64,
     tombstones: Vec<Tombstone>,
     replicas: Vec<RootReplica>,
-    leaves: BTreeMap<u64, (LeafPlace, u32)>,
+}
+
+/// What is decoded, and the leaves that it names.
+struct Reader<'a, 'b> {
+    get: Get<'a>,
+    leaves: &'b mut Leaves,
+    /// Those that were named before, by id.
+    known: HashMap<u64, LeafNo>,
 }
 
 impl Root {
-    fn read(io: &mut Io<'_>, slot: &Slot, superblock: &Superblock) -> Result<Self, OpenError> {
+    fn read(
+        io: &mut Io<'_>,
+        slot: &Slot,
+        superblock: &Superblock,
+        leaves: &mut Leaves,
+    ) -> Result<Self, OpenError> {
         let mut stream = Vec::new();
         let mut runs = Vec::new();
         let mut next = slot.root;
@@ -210,106 +217,10 @@ impl Root {
         if stream.len() as u64 != slot.root_bytes || crc32c(&stream) != slot.root_crc {
             return Err(OpenError::Damaged("the root has not its checksum".to_owned()));
         }
-        let mut root = Self::decode(&mut Get(&stream)).map_err(bad("the root"))?;
+        let mut reader = Reader { get: Get(&stream), leaves, known: HashMap::new() };
+        let mut root = reader.root().map_err(bad("the root"))?;
         root.runs = runs;
         Ok(root)
-    }
-
-    fn decode(get: &mut Get<'_>) -> Result<Self, Malformed> {
-        let (next_number, next_leaf) = (get.u64()?, get.u64()?);
-        let mut root = Self {
-            runs: Vec::new(),
-            next_number,
-            next_leaf,
-            tombstones: Vec::new(),
-            replicas: Vec::new(),
-            leaves: BTreeMap::new(),
-        };
-        for _ in 0..get.u32()? {
-            let (volume, replica) = (VolumeId(get.uuid()?), ReplicaId(get.uuid()?));
-            let config = if get.flag()? { Some(get.config()?) } else { None };
-            root.tombstones.push(Tombstone { volume, replica, config });
-        }
-        for _ in 0..get.u32()? {
-            let replica = root.decode_replica(get)?;
-            root.replicas.push(replica);
-        }
-        Ok(root)
-    }
-
-    fn decode_replica(&mut self, get: &mut Get<'_>) -> Result<RootReplica, Malformed> {
-        let number = get.u64()?;
-        let (volume, id) = (VolumeId(get.uuid()?), ReplicaId(get.uuid()?));
-        let name = get.text()?.to_owned();
-        let size_blocks = get.u64()?;
-        let mut replica = Replica::new(number, id, name, Map::default(), size_blocks);
-        replica.incomplete = get.incomplete()?;
-        if get.flag()? {
-            replica.promise = Some(Promise { config: get.config()? });
-        }
-        replica.applied = get.place()?;
-        replica.durable = get.place()?;
-        replica.tail = replica.durable;
-        let carried = (0..get.u32()?).map(|_| EntryItem::decode(get)).collect::<Result<_, _>>()?;
-        let snapshots: Vec<SnapshotState> = (0..get.u32()?)
-            .map(|_| {
-                let (id, place) = (SnapshotId(get.uuid()?), get.place()?);
-                Ok(SnapshotState { id, place, size_blocks: get.u64()? })
-            })
-            .collect::<Result<_, Malformed>>()?;
-        let mut maps: Vec<Vec<RootChunk>> = Vec::new();
-        for _ in 0..=snapshots.len() {
-            let map = self.decode_map(get, maps.last())?;
-            maps.push(map);
-        }
-        Ok(RootReplica { volume, replica, carried, snapshots, maps })
-    }
-
-    fn decode_map(
-        &mut self,
-        get: &mut Get<'_>,
-        newer: Option<&Vec<RootChunk>>,
-    ) -> Result<Vec<RootChunk>, Malformed> {
-        let total = get.u32()? as usize;
-        let mut chunks: Vec<RootChunk> = Vec::new();
-        while chunks.len() < total {
-            let room = total - chunks.len();
-            let tag = get.u8()?;
-            if tag >= 2 {
-                let leaf = self.decode_leaf(get, tag, chunks.len() as u32)?;
-                chunks.push(leaf);
-                continue;
-            }
-            let count = get.u32()? as usize;
-            if count == 0 || count > room {
-                return Err(Malformed("a map"));
-            }
-            if tag == 0 {
-                let from = chunks.len();
-                let same = newer.and_then(|newer| newer.get(from..from + count));
-                chunks.extend_from_slice(same.ok_or(Malformed("a map"))?);
-            } else {
-                chunks.resize(chunks.len() + count, RootChunk::Hole(get.place()?));
-            }
-        }
-        Ok(chunks)
-    }
-
-    fn decode_leaf(
-        &mut self,
-        get: &mut Get<'_>,
-        tag: u8,
-        chunk: u32,
-    ) -> Result<RootChunk, Malformed> {
-        if tag > 3 {
-            return Err(Malformed("a map"));
-        }
-        let (id, crc) = (get.u64()?, get.u32()?);
-        let runs: Vec<Run> = (0..get.u8()?)
-            .map(|_| Ok((get.u32()?, get.u32()?)))
-            .collect::<Result<_, Malformed>>()?;
-        self.leaves.insert(id, (LeafPlace { runs, crc }, chunk));
-        Ok(RootChunk::Leaf { id, inherited: tag == 3 })
     }
 
     /// Puts everything into the store; the carried entries are given back for the replay.
@@ -318,7 +229,7 @@ impl Root {
         io: &mut Io<'_>,
         store: &mut Store,
     ) -> Result<Vec<(VolumeId, LogEntry)>, OpenError> {
-        let leaves = read_leaves(io, store, &self.leaves)?;
+        read_leaves(io, store)?;
         store.alloc.hold_runs(&self.runs);
         store.root_blocks = self.runs.len() as u64;
         store.root_runs = self.runs;
@@ -327,7 +238,7 @@ impl Root {
         store.tombstones = self.tombstones;
         let mut carried = Vec::new();
         for found in self.replicas {
-            let mut maps = found.maps.iter().map(|map| build_map(map, &leaves));
+            let mut maps = found.maps.into_iter();
             let mut replica = found.replica;
             replica.head = maps.next().expect("the head's");
             // Maps stand newest first, snapshots oldest first.
@@ -356,61 +267,121 @@ impl Root {
     }
 }
 
-fn build_map(chunks: &[RootChunk], leaves: &HashMap<u64, Arc<Leaf>>) -> Map {
-    let chunks = chunks.iter().map(|chunk| match chunk {
-        RootChunk::Hole(stamp) => Chunk::Hole(*stamp),
-        RootChunk::Leaf { id, inherited } => {
-            Chunk::Leaf { leaf: Arc::clone(&leaves[id]), inherited: *inherited }
+impl Reader<'_, '_> {
+    fn root(&mut self) -> Result<Root, Malformed> {
+        let (next_number, next_leaf) = (self.get.u64()?, self.get.u64()?);
+        let (runs, tombstones, replicas) = (Vec::new(), Vec::new(), Vec::new());
+        let mut root = Root { runs, next_number, next_leaf, tombstones, replicas };
+        for _ in 0..self.get.u32()? {
+            let (volume, replica) = (VolumeId(self.get.uuid()?), ReplicaId(self.get.uuid()?));
+            let config = if self.get.flag()? { Some(self.get.config()?) } else { None };
+            root.tombstones.push(Tombstone { volume, replica, config });
         }
-    });
-    Map { chunks: chunks.collect() }
+        for _ in 0..self.get.u32()? {
+            root.replicas.push(self.replica()?);
+        }
+        Ok(root)
+    }
+
+    fn replica(&mut self) -> Result<RootReplica, Malformed> {
+        let get = &mut self.get;
+        let number = get.u64()?;
+        let (volume, id) = (VolumeId(get.uuid()?), ReplicaId(get.uuid()?));
+        let name = get.text()?.to_owned();
+        let size_blocks = get.u64()?;
+        let mut replica = Replica::new(number, id, name, Map::default(), size_blocks);
+        replica.incomplete = get.incomplete()?;
+        if get.flag()? {
+            replica.promise = Some(Promise { config: get.config()? });
+        }
+        replica.applied = get.place()?;
+        replica.durable = get.place()?;
+        replica.tail = replica.durable;
+        let carried = (0..get.u32()?).map(|_| EntryItem::decode(get)).collect::<Result<_, _>>()?;
+        let snapshots: Vec<SnapshotState> = (0..get.u32()?)
+            .map(|_| {
+                let (id, place) = (SnapshotId(get.uuid()?), get.place()?);
+                Ok(SnapshotState { id, place, size_blocks: get.u64()? })
+            })
+            .collect::<Result<_, Malformed>>()?;
+        let mut maps: Vec<Map> = Vec::new();
+        for _ in 0..=snapshots.len() {
+            let map = self.map(maps.last())?;
+            maps.push(map);
+        }
+        Ok(RootReplica { volume, replica, carried, snapshots, maps })
+    }
+
+    fn map(&mut self, newer: Option<&Map>) -> Result<Map, Malformed> {
+        let total = self.get.u32()? as usize;
+        let mut chunks: Vec<Chunk> = Vec::new();
+        while chunks.len() < total {
+            let room = total - chunks.len();
+            let tag = self.get.u8()?;
+            if tag >= 2 {
+                let leaf = self.leaf(tag, chunks.len() as u32)?;
+                chunks.push(leaf);
+                continue;
+            }
+            let count = self.get.u32()? as usize;
+            if count == 0 || count > room {
+                return Err(Malformed("a map"));
+            }
+            if tag == 0 {
+                let from = chunks.len();
+                let same = newer.filter(|newer| from + count <= newer.len());
+                let same = same.ok_or(Malformed("a map"))?;
+                chunks.extend((from..from + count).map(|index| same.chunk(index)));
+            } else {
+                chunks.resize(chunks.len() + count, Chunk::Hole(self.get.place()?));
+            }
+        }
+        Ok(Map::of(&chunks, newer, self.leaves))
+    }
+
+    fn leaf(&mut self, tag: u8, chunk: u32) -> Result<Chunk, Malformed> {
+        if tag > 3 {
+            return Err(Malformed("a map"));
+        }
+        let get = &mut self.get;
+        let (id, crc) = (get.u64()?, get.u32()?);
+        let runs: Vec<Run> = (0..get.u8()?)
+            .map(|_| Ok((get.u32()?, get.u32()?)))
+            .collect::<Result<_, Malformed>>()?;
+        if runs.is_empty() || runs.iter().any(|run| run.1 > 8) {
+            return Err(Malformed("a leaf's place"));
+        }
+        let leaves = &mut *self.leaves;
+        let known = self.known.entry(id);
+        let no = *known.or_insert_with(|| leaves.found(LeafPlace { id, crc, chunk, runs }));
+        Ok(Chunk::Leaf { no, inherited: tag == 3 })
+    }
 }
 
-fn read_leaves(
-    io: &mut Io<'_>,
-    store: &mut Store,
-    places: &BTreeMap<u64, (LeafPlace, u32)>,
-) -> Result<HashMap<u64, Arc<Leaf>>, OpenError> {
-    let mut leaves = HashMap::with_capacity(places.len());
-    let all: Vec<(&u64, &(LeafPlace, u32))> = places.iter().collect();
+/// Counts what every leaf holds. None of them stays in memory.
+fn read_leaves(io: &mut Io<'_>, store: &mut Store) -> Result<(), OpenError> {
+    let all: Vec<LeafNo> = store.leaves.all().collect();
     for group in all.chunks(LEAVES_AT_A_TIME) {
-        let runs: Vec<Run> = group.iter().flat_map(|(_, (place, _))| place.runs.clone()).collect();
-        if !runs.iter().all(|run| run.1 <= 8 && store.alloc.contains(*run)) {
+        let places: Vec<LeafPlace> = group.iter().map(|no| store.leaves.place_of(*no)).collect();
+        let runs: Vec<Run> = places.iter().flat_map(|place| place.runs.clone()).collect();
+        if !runs.iter().all(|run| store.alloc.contains(*run)) {
             return Err(OpenError::Damaged("a leaf lies outside".to_owned()));
         }
         let mut bufs = io.read_all(&runs)?.into_iter();
-        for (id, (place, chunk)) in group {
+        for (no, place) in group.iter().zip(&places) {
             let bufs: Vec<Buf> = bufs.by_ref().take(place.runs.len()).collect();
-            let leaf = read_leaf(store, **id, *chunk, place, &bufs)?;
-            leaves.insert(**id, Arc::new(leaf));
+            let bytes: Vec<u8> = bufs.iter().flat_map(|buf| buf.iter().copied()).collect();
+            let found = store.decode_leaf(place, &bytes);
+            let blocks = found.map_err(|error| match error {
+                LeafError::Device(error) => OpenError::Device(error),
+                LeafError::Damaged(why) => OpenError::Damaged(why),
+            })?;
+            for block in blocks.iter().filter(|block| block.device != 0) {
+                store.alloc.hold(block.device);
+            }
+            store.alloc.hold_runs(&place.runs);
+            store.leaves.set_written(*no, &blocks);
         }
     }
-    Ok(leaves)
-}
-
-fn read_leaf(
-    store: &mut Store,
-    id: u64,
-    chunk: u32,
-    place: &LeafPlace,
-    bufs: &[Buf],
-) -> Result<Leaf, OpenError> {
-    let bytes: Vec<u8> = bufs.iter().flat_map(|buf| buf.iter().copied()).collect();
-    let image = LeafImage::decode(&bytes).map_err(bad("a leaf"))?;
-    let crc = u32::from_le_bytes(bytes[..4].try_into().expect("decoded"));
-    if (image.store, image.id, crc) != (store.superblock.store, id, place.crc)
-        || image.chunk != chunk
-    {
-        return Err(OpenError::Damaged(format!("leaf {id} is another's")));
-    }
-    for block in image.blocks.iter().filter(|block| block.device != 0) {
-        if !store.alloc.contains((block.device, 1)) {
-            return Err(OpenError::Damaged(format!("leaf {id} points outside")));
-        }
-        store.alloc.hold(block.device);
-    }
-    store.alloc.hold_runs(&place.runs);
-    store.leaves.places.insert(id, place.clone());
-    store.leaves.live += 1;
-    Ok(Leaf { id, blocks: image.blocks })
+    Ok(())
 }

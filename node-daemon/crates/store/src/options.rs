@@ -42,6 +42,8 @@ pub struct Options {
     pub arena: Arena,
     /// Which store must be here: cluster, node and shard. None: any.
     pub expect: Option<(Uuid, NodeName, u16)>,
+    /// Memory for leaves that were read or written lately.
+    pub leaf_cache_bytes: usize,
     /// Log records on their way to the device at a time; what comes meanwhile goes into the next.
     pub records_in_flight_max: usize,
     /// How quickly it is scrubbed; none: not at all.
@@ -57,6 +59,7 @@ impl Options {
         Self {
             arena,
             expect: None,
+            leaf_cache_bytes: LEAF_CACHE_BYTES,
             records_in_flight_max: 4,
             scrub: None,
             #[cfg(feature = "canary")]
@@ -64,6 +67,9 @@ impl Options {
         }
     }
 }
+
+/// Memory for leaves, where nothing else is said: those of 10 GiB.
+pub const LEAF_CACHE_BYTES: usize = 64 << 20;
 
 /// Smallest arena of a store.
 pub const ARENA_BYTES_MIN: usize = 8 << 20;
@@ -94,6 +100,12 @@ pub enum Canary {
     EmptyClone,
     /// One holder of a block is not taken away: the block is never free again (W8).
     ForgetRelease,
+    /// A leaf that nobody names any more is forgotten with what it held (W8).
+    ForgetDeadLeaf,
+    /// The last changed block of a leaf is not written with it (S2).
+    LosePatch,
+    /// A leaf is read before it is written.
+    ReadUnwrittenLeaf,
 }
 
 /// How full a store is.
@@ -111,7 +123,7 @@ pub struct Usage {
     pub log_bytes: u64,
     /// Bytes of it in use.
     pub log_used_bytes: u64,
-    /// Leaves of maps in memory (24 KiB each).
+    /// Leaves of maps.
     pub leaves: u64,
 }
 

@@ -2,18 +2,21 @@
 //!
 //! A read is a job of parts: zeroes, bytes in memory, or a range of the device. Until a part's bytes
 //! are there its blocks are held (or, in the ring, its position is pinned), so that they cannot be
-//! given to anybody else meanwhile. Every block is compared with its checksum every time.
+//! given to anybody else meanwhile. Every block is compared with its checksum every time. A read that
+//! lacks a leaf is put off until it is there (`parked`).
 
 use bytes::Bytes;
-use tercet_proto::disk::{CHUNK_BLOCKS, crc32c};
+use tercet_proto::disk::{CHUNK_BLOCKS, LeafBlock, crc32c};
 use tercet_proto::storage::{StorageError, StorageEvent};
 use tercet_proto::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, Lsn, Token, VolumeId};
 
 use crate::disk::{DiskDone, DiskOp};
 use crate::log::IO_BLOCKS_MAX;
 use crate::map::{Map, Space};
+use crate::parked::Parked;
 use crate::replica::Payload;
 use crate::store::{OpKind, Store};
+use crate::task::Task;
 
 /// Part of the arena that reads leave to writing.
 const ARENA_SHARE_KEPT: usize = 4;
@@ -22,7 +25,7 @@ static ZEROES: [u8; ZEROES_BLOCKS * BLOCK_BYTES] = [0; ZEROES_BLOCKS * BLOCK_BYT
 
 /// What a job is for.
 #[derive(Debug)]
-enum For {
+pub(crate) enum For {
     Read(Token),
     /// Entries, each with its number of parts.
     Log(Token, Vec<(EntryHeader, usize)>),
@@ -32,10 +35,11 @@ enum For {
     Scrub,
 }
 
+/// Checksums of chunks, as far as they are known.
 #[derive(Debug)]
-struct Sums {
+pub(crate) struct Sums {
     token: Token,
-    map: Map,
+    pub(crate) map: Map,
     chunk: usize,
     rows: Vec<u8>,
 }
@@ -116,11 +120,11 @@ impl Parts {
 }
 
 impl Store {
-    /// Blocks of a map as parts.
-    pub(crate) fn map_parts(&self, map: &Map, range: BlockRange) -> Vec<Part> {
+    /// Blocks of a map, whose numbers within the volume are those of the ranges, as parts.
+    pub(crate) fn map_parts(&self, ranges: &[BlockRange], blocks: &[LeafBlock]) -> Vec<Part> {
         let mut parts = Parts::default();
-        for block in range.start..range.end() {
-            let leaf = map.block(block);
+        let numbers = ranges.iter().flat_map(|range| range.start..range.end());
+        for (block, leaf) in numbers.zip(blocks) {
             if leaf.device == 0 {
                 parts.zero();
             } else {
@@ -138,18 +142,10 @@ impl Store {
         token: Token,
     ) -> Result<(), StorageError> {
         self.scrub.host_io = true;
-        let parts = self.map_parts(&self.replicas[&volume].head, range);
-        self.start_job(volume, For::Read(token), parts).map_err(|(_, error)| error)
-    }
-
-    /// Reads parts of a map, one after the other.
-    pub(crate) fn start_parts(
-        &mut self,
-        volume: VolumeId,
-        parts: Vec<Part>,
-        token: Token,
-    ) -> Result<(), StorageError> {
-        self.start_job(volume, For::Read(token), parts).map_err(|(_, error)| error)
+        let map = self.replicas[&volume].head.clone();
+        let result = self.start_map_read(volume, &map, &[range], token);
+        map.release(&mut Space { alloc: &mut self.alloc, leaves: &mut self.leaves });
+        result
     }
 
     pub(crate) fn start_log_read(
@@ -202,7 +198,7 @@ impl Store {
     }
 
     /// Starts a job, or gives its purpose back.
-    fn start_job(
+    pub(crate) fn start_job(
         &mut self,
         volume: VolumeId,
         what: For,
@@ -287,11 +283,24 @@ impl Store {
         }
         job.parts[index] = Part::Ready(Bytes::from_owner(buf));
         job.left -= 1;
-        let left = job.left;
-        if of_map {
-            self.blocks_checked(volume, &bad, &good);
+        if of_map && !(bad.is_empty() && good.is_empty()) {
+            self.blocks_checked(&bad, &good);
         }
-        if left == 0 {
+        let job = self.jobs.get_mut(&id).expect("a read in progress");
+        if of_map && !bad.is_empty() {
+            job.left += 1; // what is bad is told before the answer
+            return self.run_task(Task::Tell { volume, bad, job: id });
+        }
+        if job.left == 0 {
+            self.finish_job(id);
+        }
+    }
+
+    /// One thing less that a read waits for.
+    pub(crate) fn part_is_over(&mut self, id: u64) {
+        let job = self.jobs.get_mut(&id).expect("a read in progress");
+        job.left -= 1;
+        if job.left == 0 {
             self.finish_job(id);
         }
     }
@@ -347,27 +356,35 @@ impl Store {
     }
 
     /// The next chunk that has a block, one at a time.
-    fn go_on_with_sums(&mut self, volume: VolumeId, mut sums: Box<Sums>) {
-        let chunks = &sums.map.chunks;
-        let written = |chunk: &crate::map::Chunk| {
-            (0..CHUNK_BLOCKS).any(|index| chunk.block(index).device != 0)
-        };
-        while sums.chunk < chunks.len() && !written(&chunks[sums.chunk]) {
+    pub(crate) fn go_on_with_sums(&mut self, volume: VolumeId, mut sums: Box<Sums>) {
+        let mut blocks = Vec::new();
+        while sums.chunk < sums.map.len() {
+            let chunk = sums.map.chunk(sums.chunk);
+            blocks.clear();
+            if self.leaves.written(chunk) == 0 {
+                sums.chunk += 1;
+                continue;
+            }
+            if let Err(no) = self.leaves.fill(chunk, (0, CHUNK_BLOCKS), &mut blocks) {
+                return self.park(no, Parked::Sums(volume, sums));
+            }
+            if blocks.iter().any(|block| block.device != 0) {
+                break;
+            }
             sums.chunk += 1;
         }
-        if sums.chunk == chunks.len() {
+        if sums.chunk >= sums.map.len() {
             let rows = Bytes::from(std::mem::take(&mut sums.rows));
             return self.finish_sums(*sums, Ok(vec![rows]));
         }
-        let start = sums.chunk as u64 * CHUNK_BLOCKS as u64;
-        let range = BlockRange { start, count: CHUNK_BLOCKS as u32 };
-        let parts = self.map_parts(&sums.map, range);
+        let range = BlockRange { start: sums.start(), count: CHUNK_BLOCKS as u32 };
+        let parts = self.map_parts(&[range], &blocks);
         if let Err((For::Sums(sums), error)) = self.start_job(volume, For::Sums(sums), parts) {
             self.finish_sums(*sums, Err(error));
         }
     }
 
-    fn finish_sums(&mut self, sums: Sums, result: Result<Vec<Bytes>, StorageError>) {
+    pub(crate) fn finish_sums(&mut self, sums: Sums, result: Result<Vec<Bytes>, StorageError>) {
         let mut space = Space { alloc: &mut self.alloc, leaves: &mut self.leaves };
         sums.map.release(&mut space);
         self.events.push(StorageEvent::Read { token: sums.token, result });
@@ -384,10 +401,11 @@ impl Store {
 
     /// Maps that reads in progress keep, for `check`.
     pub(crate) fn read_maps(&self) -> impl Iterator<Item = &Map> {
-        self.jobs.values().filter_map(|job| match &job.what {
+        let jobs = self.jobs.values().filter_map(|job| match &job.what {
             For::Sums(sums) => Some(&sums.map),
             _ => None,
-        })
+        });
+        jobs.chain(self.parked.values().filter_map(Parked::map))
     }
 
     #[cfg(not(feature = "canary"))]
@@ -399,6 +417,13 @@ impl Store {
     #[cfg(feature = "canary")]
     fn ignores_checksums(&self) -> bool {
         self.options.canary == Some(crate::options::Canary::IgnoreChecksums)
+    }
+}
+
+impl Sums {
+    /// Block of the volume at which the chunk begins that is looked at.
+    pub(crate) fn start(&self) -> u64 {
+        (self.chunk * CHUNK_BLOCKS) as u64
     }
 }
 

@@ -367,7 +367,7 @@ impl<'a> Replay<'a> {
         let snapshot = replica
             .and_then(|replica| replica.snapshots.iter().find(|snapshot| snapshot.state.id == id));
         if let Some(snapshot) = snapshot {
-            return snapshot.map.inherit();
+            return snapshot.map.inherit(&mut self.store.leaves);
         }
         self.damage(clone, Incomplete::Unknown);
         Map::default()

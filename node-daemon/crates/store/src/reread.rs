@@ -32,6 +32,7 @@ impl Store {
     fn read_from(&self, kind: OpKind) -> Option<u32> {
         match kind {
             OpKind::Read { job, part } => Some(self.read_first(job, part)),
+            OpKind::Leaf { no, part } => Some(self.leaves.runs(no)[part].0),
             OpKind::CopyRead { unit } => self.checkpoint.as_ref().map(|now| now.copy_first(unit)),
             _ => None,
         }

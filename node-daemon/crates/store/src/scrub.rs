@@ -6,7 +6,8 @@
 //! goes in steps of at most 256 KiB, one at a time, and waits between them so that it keeps to its
 //! pace, which is lower while hosts do I/O. Where it is is kept in memory: a start begins a pass
 //! anew. What is found bad, here or by any other read, is told to the owner; a log record or a leaf
-//! is none of it: those are read at the start, which has its own answer to damage (rule R1).
+//! is none of it: those are read at the start, which has its own answer to damage (rule R1). A step
+//! that lacks a leaf waits for it (`task`); what cannot be told for a bad leaf is passed over.
 //!
 //! The walk touches maps in two places only: [`Store::next_chunk`] and [`Store::scrub_parts`].
 
@@ -15,12 +16,14 @@ use std::time::Duration;
 
 use tercet_proto::disk::CHUNK_BLOCKS;
 use tercet_proto::storage::StorageEvent;
-use tercet_proto::{BLOCK_BYTES, BlockVersion, Instant, Lsn, SnapshotId, VolumeId};
+use tercet_proto::{BLOCK_BYTES, BlockVersion, Instant, Lsn, VolumeId};
 
-use crate::map::{Chunk, Map};
+use crate::leaf::LeafNo;
+use crate::map::{Map, split};
 use crate::read::{Part, Parts};
 use crate::replica::Replica;
 use crate::store::Store;
+use crate::task::Task;
 
 /// Blocks of one step.
 const STEP_BLOCKS_MAX: usize = 64;
@@ -154,10 +157,15 @@ impl Store {
     }
 
     /// Where on the device the bytes of a block of a volume are, in 4 KiB from its start. None where
-    /// it is a hole, or its bytes are still in the log.
+    /// it is a hole, its bytes are still in the log, or its leaf is not at hand.
     pub fn place_of(&self, volume: VolumeId, block: u64) -> Option<u64> {
-        let device = self.replicas.get(&volume)?.head.block(block).device;
+        let device = self.look_up(&self.replicas.get(&volume)?.head, block).ok()?.device;
         (device != 0 && self.alloc.location(device) == device).then_some(u64::from(device))
+    }
+
+    /// The entry that changed a block of a volume last, where that is at hand.
+    pub fn stamp_of(&self, volume: VolumeId, block: u64) -> Option<tercet_proto::Place> {
+        Some(self.look_up(&self.replicas.get(&volume)?.head, block).ok()?.stamp)
     }
 
     /// When the next step is due.
@@ -223,19 +231,49 @@ impl Store {
             self.scrub.position = looked_to;
             return 0;
         };
-        let (parts, blocks, next) = self.scrub_parts(found);
+        self.scrub.position = Some(found);
+        self.scrub.reading = Some(0);
+        self.scrub.next_at = Some(now);
+        self.run_task(Task::Scrub);
+        match self.scrub.reading {
+            Some(0) => STEP_BLOCKS_MAX as u64, // not known yet
+            reading => reading.unwrap_or_default(),
+        }
+    }
+
+    /// Reads the next blocks, or lacks a leaf for it.
+    pub(crate) fn scrub_now(&mut self) -> Result<(), LeafNo> {
+        let gone = |position: &Position| {
+            let replica = self.replicas.get(&position.volume);
+            replica.and_then(|replica| place_of(replica, position.which)).is_none()
+        };
+        let Some(found) = self.scrub.position.filter(|position| !gone(position)) else {
+            self.scrub.reading = None; // the next step finds what there is
+            return Ok(());
+        };
+        let (parts, blocks, next) = self.scrub_parts(found)?;
+        self.scrub.reading = None;
         if blocks == 0 {
             self.scrub.position = Some(next);
-            return 0;
+        } else if self.start_scrub(found.volume, parts) {
+            self.scrub.position = Some(next);
+            self.scrub.reading = Some(blocks);
+        } else {
+            self.scrub.next_at = Some(self.time() + BUSY_PAUSE);
         }
-        if !self.start_scrub(found.volume, parts) {
-            self.scrub.position = Some(found);
-            self.scrub.next_at = Some(now + BUSY_PAUSE);
-            return 0;
+        Ok(())
+    }
+
+    /// A step cannot be done: later, or never.
+    pub(crate) fn skip_scrub(&mut self, busy: bool) {
+        self.scrub.reading = None;
+        self.scrub.next_at = Some(self.time() + BUSY_PAUSE);
+        if let Some(position) = &mut self.scrub.position
+            && !busy
+        {
+            let chunk = position.block / CHUNK_BLOCKS as u64;
+            position.block = (chunk + 1) * CHUNK_BLOCKS as u64;
         }
-        self.scrub.position = Some(next);
-        self.scrub.reading = Some(blocks);
-        blocks
     }
 
     /// A step has been read.
@@ -263,7 +301,7 @@ impl Store {
                 continue;
             };
             let first = (at.block / CHUNK_BLOCKS as u64) as usize;
-            for chunk in first..place.map.chunks.len() {
+            for chunk in first..place.map.len() {
                 let block = (chunk * CHUNK_BLOCKS) as u64;
                 let here = Position { block: block.max(at.block), ..at };
                 if self.is_to_be_read(at.volume, &place, chunk) {
@@ -308,11 +346,8 @@ impl Store {
     /// A leaf that no map shares which was walked before in this pass: the next newer one of the
     /// volume (history shares without a gap), or one of a volume with a smaller id (clones).
     fn is_to_be_read(&self, volume: VolumeId, place: &Place<'_>, chunk: usize) -> bool {
-        let Chunk::Leaf { leaf, .. } = &place.map.chunks[chunk] else { return false };
-        let same = |map: &Map| match map.chunks.get(chunk) {
-            Some(Chunk::Leaf { leaf: other, .. }) => other.id == leaf.id,
-            _ => false,
-        };
+        let Some(no) = place.map.chunk(chunk).leaf() else { return false };
+        let same = |map: &Map| map.chunk(chunk).leaf() == Some(no);
         let mut before = self.replicas.range(..volume).map(|(_, replica)| replica);
         !place.newer.is_some_and(same)
             && !before.any(|replica| {
@@ -322,50 +357,83 @@ impl Store {
     }
 
     /// The next blocks of a chunk: their parts, how many they are, and where to go on.
-    fn scrub_parts(&self, at: Position) -> (Vec<Part>, u64, Position) {
+    fn scrub_parts(&self, at: Position) -> Result<(Vec<Part>, u64, Position), LeafNo> {
         let place = place_of(&self.replicas[&at.volume], at.which).expect("found just now");
-        let end = (at.block / CHUNK_BLOCKS as u64 + 1) * CHUNK_BLOCKS as u64;
+        let (chunk, first) = split(at.block);
+        let rest = (first, CHUNK_BLOCKS);
+        let (mut own, mut newer) = (Vec::new(), Vec::new());
+        self.leaves.fill(place.map.chunk(chunk), rest, &mut own)?;
+        if let Some(map) = place.newer {
+            self.leaves.fill(map.chunk(chunk), rest, &mut newer)?;
+        }
         let mut parts = Parts::default();
         let (mut block, mut blocks) = (at.block, 0);
-        while block < end && blocks < STEP_BLOCKS_MAX {
-            let entry = place.map.block(block);
-            let newer = place.newer.is_some_and(|newer| newer.block(block).device == entry.device);
-            if entry.device != 0 && !newer {
+        for (index, entry) in own.iter().enumerate() {
+            if blocks == STEP_BLOCKS_MAX {
+                break;
+            }
+            let shared = newer.get(index).is_some_and(|newer| newer.device == entry.device);
+            if entry.device != 0 && !shared {
                 let from = self.alloc.location(entry.device);
                 parts.device(from, self.log.is_ring(from), entry.device, block, entry.crc);
                 blocks += 1;
             }
             block += 1;
         }
-        (parts.parts(), blocks as u64, Position { block, ..at })
+        Ok((parts.parts(), blocks as u64, Position { block, ..at }))
     }
 
-    /// Blocks of a volume were read and compared: the bad ones are told, and what was bad and is not
-    /// any more is forgotten (its place was used anew).
-    pub(crate) fn blocks_checked(&mut self, volume: VolumeId, bad: &[(u64, u32)], good: &[u32]) {
+    /// Blocks of a volume were read and compared: what was bad and is not any more is forgotten (its
+    /// place was used anew).
+    pub(crate) fn blocks_checked(&mut self, bad: &[(u64, u32)], good: &[u32]) {
         self.scrub.pass_bad += bad.len() as u64;
         for device in good {
             self.scrub.bad.remove(device);
         }
-        for (block, device) in bad {
+        for (_, device) in bad {
             let fresh = self.scrub.bad.len() < BAD_MAX && self.scrub.bad.insert(*device);
             self.scrub.status.bad_blocks += u64::from(fresh);
-            if let Some(version) = self.version_at(volume, *block, *device) {
-                self.events.push(StorageEvent::Bad { volume, version });
-            }
         }
     }
 
+    /// Tells the bad blocks of a read by their versions; then it may be answered.
+    pub(crate) fn tell_bad(
+        &mut self,
+        volume: VolumeId,
+        bad: &[(u64, u32)],
+        job: u64,
+    ) -> Result<(), LeafNo> {
+        let mut versions = Vec::new();
+        for (block, device) in bad {
+            versions.extend(self.version_at(volume, *block, *device)?);
+        }
+        let events = versions.into_iter().map(|version| StorageEvent::Bad { volume, version });
+        self.events.extend(events);
+        self.part_is_over(job);
+        Ok(())
+    }
+
     /// The first map of a volume that names this block of the data area there.
-    fn version_at(&self, volume: VolumeId, block: u64, device: u32) -> Option<BlockVersion> {
-        let replica = self.replicas.get(&volume)?;
+    fn version_at(
+        &self,
+        volume: VolumeId,
+        block: u64,
+        device: u32,
+    ) -> Result<Option<BlockVersion>, LeafNo> {
+        let Some(replica) = self.replicas.get(&volume) else { return Ok(None) };
         let snapshots = replica.snapshots.iter().rev();
         let maps = snapshots.map(|snapshot| (Some(snapshot.state.id), &snapshot.map));
-        let mut maps = [(None, &replica.head)].into_iter().chain(maps);
-        maps.find_map(|(snapshot, map): (Option<SnapshotId>, &Map)| {
-            let entry = map.block(block);
-            let stamp = entry.stamp;
-            (entry.device == device).then_some(BlockVersion { snapshot, block, stamp })
-        })
+        let mut before = None;
+        for (snapshot, map) in [(None, &replica.head)].into_iter().chain(maps) {
+            let chunk = map.chunk(split(block).0);
+            if before.replace(chunk) == Some(chunk) {
+                continue; // the same as in the newer one
+            }
+            let entry = self.look_up(map, block)?;
+            if entry.device == device {
+                return Ok(Some(BlockVersion { snapshot, block, stamp: entry.stamp }));
+            }
+        }
+        Ok(None)
     }
 }

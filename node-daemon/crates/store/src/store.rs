@@ -18,9 +18,11 @@ use crate::checkpoint::Checkpoint;
 use crate::clone::Awaiting;
 use crate::disk::{DiskDone, DiskOp, DiskToken};
 use crate::incoming::Writing;
+use crate::leaf::{LeafNo, Leaves};
+use crate::load::Loads;
 use crate::log::Log;
-use crate::map::Leaves;
 use crate::options::{Options, Usage};
+use crate::parked::Parked;
 use crate::read::Job;
 use crate::repair::Mending;
 use crate::replica::Replica;
@@ -53,6 +55,8 @@ pub(crate) enum OpKind {
     CopyWrite { unit: u64 },
     Piece { id: u64 },
     Mend { id: u64 },
+    Leaf { no: LeafNo, part: usize },
+    LeafWrite { no: LeafNo },
     Checkpoint,
 }
 
@@ -86,6 +90,10 @@ pub struct Store {
     pub(crate) alloc: Alloc,
     pub(crate) leaves: Leaves,
     pub(crate) log: Log,
+    /// Leaves that are being read.
+    pub(crate) loads: Loads,
+    /// Reads that wait for one.
+    pub(crate) parked: BTreeMap<u64, Parked>,
     pub(crate) jobs: BTreeMap<u64, Job>,
     pub(crate) next_job: u64,
     /// Reads that the device refused, done again (C4).
@@ -131,9 +139,16 @@ impl Store {
         {
             alloc.forget_release = options.canary == Some(crate::options::Canary::ForgetRelease);
         }
+        #[allow(unused_mut)] // a canary breaks it
+        let mut leaves = Leaves::new(options.leaf_cache_bytes);
+        #[cfg(feature = "canary")]
+        {
+            leaves.canary = options.canary;
+        }
         Self {
             alloc,
             log: Log::new(superblock.ring, start, start),
+            leaves,
             options,
             superblock,
             replicas: BTreeMap::new(),
@@ -146,7 +161,8 @@ impl Store {
             settling: Vec::new(),
             tombstones: Vec::new(),
             next_number: 1,
-            leaves: Leaves::default(),
+            loads: Loads::default(),
+            parked: BTreeMap::new(),
             jobs: BTreeMap::new(),
             next_job: 0,
             rereads: BTreeMap::new(),
@@ -198,6 +214,7 @@ impl Store {
         match kind {
             OpKind::Reread { .. } => unreachable!("over when what it is for is"),
             OpKind::Read { job, part } => self.on_read_done(job, part, done),
+            OpKind::Leaf { no, part } => self.on_leaf_read(no, part, done),
             _ if self.failed.is_some() => {}
             OpKind::Record(id) => self.on_record_done(id),
             OpKind::CopyRead { unit } => {
@@ -206,6 +223,7 @@ impl Store {
             OpKind::CopyWrite { unit } => self.on_copy_written(unit),
             OpKind::Piece { id } => self.on_piece_written(id),
             OpKind::Mend { id } => self.on_mended(id),
+            OpKind::LeafWrite { no } => self.on_leaf_written(no),
             OpKind::Checkpoint => self.on_checkpoint_io(),
         }
     }
@@ -247,7 +265,10 @@ impl Store {
             .filter(|_| !self.checkpoint_wanted)
             .map(|since| since + self.checkpoint_delay());
         // Buffers may be what a queue waits for, and they come back without a word.
-        let waiting = !self.log.is_idle() || self.checkpoint.is_some() || !self.rereads.is_empty();
+        let waiting = !self.log.is_idle()
+            || self.checkpoint.is_some()
+            || !self.rereads.is_empty()
+            || !self.leaves.dead.is_empty();
         let stuck = waiting && self.ops.is_empty();
         let retry = stuck.then(|| self.now + Duration::from_millis(1));
         let scrub = self.scrub_deadline();
@@ -279,6 +300,7 @@ impl Store {
     /// anything else was: what is waiting is sent here.
     pub fn take(&mut self, ops: &mut Vec<(DiskToken, DiskOp)>, events: &mut Vec<StorageEvent>) {
         if self.failed.is_none() {
+            self.pump_dead();
             self.pump_checkpoint();
             self.pump_log();
             self.pump_rereads();
@@ -302,10 +324,11 @@ impl Store {
         }
     }
 
-    /// Bytes that a replica's newest state maps, shared ones included.
+    /// Bytes that a replica's newest state maps, shared ones included: as of the last checkpoint, and
+    /// at most what was written since.
     pub fn allocated_bytes(&self, volume: VolumeId) -> Option<u64> {
         let replica = self.replicas.get(&volume)?;
-        Some(replica.head.written_blocks() * BLOCK_BYTES as u64)
+        Some(replica.head.written_blocks(&self.leaves) * BLOCK_BYTES as u64)
     }
 
     /// Asks for a checkpoint soon.

@@ -1,14 +1,13 @@
 //! The source's side of a copy (rules C2, C3): views, frozen like a snapshot that nobody lists.
 //!
-//! A view is one more holder of each leaf, in memory only: it costs nothing until the volume changes,
+//! A view is one more holder of the maps, in memory only: it costs nothing until the volume changes,
 //! and a restart gives it up. Who asks for it, and how long it is kept, is replication's.
 
-use tercet_proto::copy::{Piece, STAMP_BLOCKS_MAX, STAMP_RUNS_MAX, StampRun, View, ViewId};
-use tercet_proto::disk::CHUNK_BLOCKS;
+use tercet_proto::copy::{Piece, STAMP_BLOCKS_MAX, STAMP_RUNS_MAX, Stamps, View, ViewId};
 use tercet_proto::storage::{SnapshotState, StorageError, StorageEvent};
 use tercet_proto::{BlockRange, Copies, Place, Token, VolumeId};
 
-use crate::map::{Chunk, Map, Space, split};
+use crate::map::{Map, Space};
 use crate::replica::Snapshot;
 use crate::store::Store;
 
@@ -40,34 +39,6 @@ impl Frozen {
     }
 }
 
-/// The stamps of blocks `start` to `end` (excluded), as far as so many runs reach.
-fn stamp_runs(map: &Map, start: u64, end: u64, runs_max: usize) -> Vec<StampRun> {
-    let mut runs: Vec<StampRun> = Vec::new();
-    let mut block = start;
-    while block < end {
-        let (chunk, index) = split(block);
-        let (stamp, hole, count) = match map.chunks.get(chunk) {
-            None => (Place::EMPTY, true, end - block),
-            Some(Chunk::Hole(stamp)) => {
-                (*stamp, true, (end - block).min((CHUNK_BLOCKS - index) as u64))
-            }
-            Some(leaf) => {
-                let own = leaf.block(index);
-                (own.stamp, own.device == 0, 1)
-            }
-        };
-        let count = count as u32;
-        let full = runs.len() == runs_max;
-        match runs.last_mut().filter(|run| (run.stamp, run.hole) == (stamp, hole)) {
-            Some(run) => run.count += count,
-            None if full => return runs,
-            None => runs.push(StampRun { count, stamp, hole }),
-        }
-        block += u64::from(count);
-    }
-    runs
-}
-
 impl Copies for Store {
     fn freeze(&mut self, volume: VolumeId) -> Option<View> {
         let replica = self.live_replica(volume).ok().filter(|one| one.incomplete.is_none())?;
@@ -90,14 +61,12 @@ impl Copies for Store {
         }
     }
 
-    fn view_stamps(&self, view: ViewId, part: usize, from: u64) -> Option<Vec<StampRun>> {
-        let (map, size_blocks) = self.views.get(&view)?.part(part)?;
+    fn view_stamps(&mut self, view: ViewId, part: usize, from: u64, token: Token) -> Stamps {
+        let Some(frozen) = self.views.get(&view) else { return Stamps::Gone };
+        let Some((map, size_blocks)) = frozen.part(part) else { return Stamps::Gone };
         let end = size_blocks.min(from.saturating_add(STAMP_BLOCKS_MAX));
-        let mut runs = stamp_runs(map, from, end, STAMP_RUNS_MAX);
-        if self.forgets_hole_stamps() {
-            runs.iter_mut().filter(|run| run.hole).for_each(|run| run.stamp = Place::EMPTY);
-        }
-        Some(runs)
+        let whose = (frozen.volume, map.clone());
+        self.start_stamps(whose, (from, end), STAMP_RUNS_MAX, token)
     }
 
     fn read_view(&mut self, view: ViewId, part: usize, ranges: &[BlockRange], token: Token) {
@@ -107,9 +76,10 @@ impl Copies for Store {
         }
     }
 
-    fn stamps(&self, volume: VolumeId, range: BlockRange) -> Vec<StampRun> {
+    fn stamps(&mut self, volume: VolumeId, range: BlockRange, token: Token) -> Stamps {
         let replica = self.replicas.get(&volume).expect("who copies is here");
-        stamp_runs(&replica.head, range.start, range.end(), usize::MAX)
+        let whose = (volume, replica.head.clone());
+        self.start_stamps(whose, (range.start, range.end()), usize::MAX, token)
     }
 
     fn copy_begin(&mut self, volume: VolumeId, keep: &[SnapshotState]) {
@@ -159,18 +129,20 @@ impl Store {
         if ranges.iter().any(|range| range.end() > size_blocks) {
             return Err(StorageError::Device("blocks behind the end of a view".to_owned()));
         }
-        let parts = ranges.iter().flat_map(|range| self.map_parts(map, *range)).collect();
-        self.start_parts(frozen.volume, parts, token)
+        let (volume, map) = (frozen.volume, map.clone());
+        let result = self.start_map_read(volume, &map, ranges, token);
+        map.release(&mut Space { alloc: &mut self.alloc, leaves: &mut self.leaves });
+        result
     }
 
     #[cfg(not(feature = "canary"))]
     #[allow(clippy::unused_self)] // the other build looks at the options
-    fn forgets_hole_stamps(&self) -> bool {
+    pub(crate) fn forgets_hole_stamps(&self) -> bool {
         false
     }
 
     #[cfg(feature = "canary")]
-    fn forgets_hole_stamps(&self) -> bool {
+    pub(crate) fn forgets_hole_stamps(&self) -> bool {
         self.options.canary == Some(crate::options::Canary::NoHoleStamps)
     }
 }

@@ -21,7 +21,7 @@ use tercet_proto::{
 use tercet_store::arena::Arena;
 use tercet_store::disk::{Disk, DiskDone, DiskOp, DiskToken};
 use tercet_store::simdisk::{Image, SimDisk};
-use tercet_store::{OpenError, Options, Store};
+use tercet_store::{OpenError, Store};
 
 const CAPACITY: u64 = 16 << 20;
 const READ_BLOCKS: u64 = 256;
@@ -220,7 +220,7 @@ fn start(world: &World, mut disk: SimDisk) -> Result<Found, String> {
         worst = worst.min(look_at(&mut store, &mut disk, *volume, model)?);
     }
     drive(&mut store, &mut disk);
-    let wrong = store.check();
+    let wrong = store.check(&mut |run| common::read_run(&disk, run));
     if wrong.is_empty() { Ok(worst) } else { Err(format!("{wrong:#?}")) }
 }
 
@@ -380,7 +380,7 @@ fn an_error_of_each_operation_of_a_start_refuses_the_device_and_changes_nothing(
 #[test]
 fn a_format_that_fails_at_any_operation_leaves_no_store() {
     let started = std::time::Instant::now();
-    let options = Options::new(Arena::new(common::ARENA_BYTES));
+    let options = common::options();
     let format = common::format_options();
     let mut count = 0;
     loop {
@@ -416,6 +416,8 @@ fn fill(world: &mut World, volume: VolumeId, size: u64) -> u64 {
             Err(StorageError::Busy) => busy += 1,
             Err(StorageError::NoSpace { needed_bytes, free_bytes }) => {
                 assert!(free_bytes < needed_bytes, "{free_bytes} free, {needed_bytes} needed");
+                world.settle();
+                world.apply(volume, 1000); // a snapshot may be the last that fitted
                 return fitted;
             }
             Err(error) => panic!("{error}"),

@@ -15,9 +15,8 @@ use tercet_proto::{
     BLOCK_BYTES, BlockRange, EntryHeader, EntryKind, Epoch, InstanceId, Lsn, NodeName, Place,
     ReplicaId, SnapshotId,
 };
-use tercet_store::arena::Arena;
+use tercet_store::Store;
 use tercet_store::simdisk::SimDisk;
-use tercet_store::{Options, Store};
 
 const STORE: StoreId = StoreId([7; 16]);
 
@@ -244,7 +243,7 @@ fn versions() {
 
 fn opens_and_is_the_newest(version: u32) {
     let mut disk = SimDisk::new(64 << 20);
-    let options = Options::new(Arena::new(common::ARENA_BYTES));
+    let options = common::options();
     Store::format(&mut disk, &common::format_options(), &options).expect("formats");
     for block in [0, 16] {
         let new = disk.sector(block);

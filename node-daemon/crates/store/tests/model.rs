@@ -148,7 +148,7 @@ fn run(seed: u64, rounds: u32, steps: u32) -> (u64, u64, World) {
         world.assert_well(&format!("seed {seed}, round {round}, at work"));
         if world.rng.random_bool(0.3) {
             world.settle();
-            let wrong = world.store.check();
+            let wrong = world.check();
             assert!(wrong.is_empty(), "seed {seed}, round {round}: {wrong:#?}");
         }
         power_cut(&mut world);
@@ -197,6 +197,21 @@ mod canaries {
     #[test]
     fn canary_a_skipped_release_is_caught() {
         caught(Canary::ForgetRelease);
+    }
+
+    #[test]
+    fn canary_a_forgotten_dead_leaf_is_caught() {
+        caught(Canary::ForgetDeadLeaf);
+    }
+
+    #[test]
+    fn canary_a_lost_block_of_a_patch_is_caught() {
+        caught(Canary::LosePatch);
+    }
+
+    #[test]
+    fn canary_a_leaf_read_before_it_is_written_is_caught() {
+        caught(Canary::ReadUnwrittenLeaf);
     }
 
     #[test]

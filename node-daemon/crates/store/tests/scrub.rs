@@ -8,14 +8,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{ARENA_BYTES, World, block_bytes, evidence, id, volume_id};
+use common::{World, block_bytes, evidence, id, volume_id};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tercet_proto::storage::{Storage, StorageError};
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, BlockVersion, EntryKind, Repairs, SnapshotId, Token, VolumeId,
 };
-use tercet_store::arena::Arena;
 use tercet_store::disk::DiskOp;
 use tercet_store::simdisk::SimDisk;
 use tercet_store::{Options, ScrubPace};
@@ -39,7 +38,10 @@ fn snapshot(number: u64) -> EntryKind {
 }
 
 fn world(seed: u64) -> World {
-    let options = Options::new(Arena::new(ARENA_BYTES));
+    world_with(seed, common::options())
+}
+
+fn world_with(seed: u64, options: Options) -> World {
     #[cfg(feature = "canary")]
     let options = Options { canary: common::canary(), ..options };
     let options = Options { scrub: Some(PACE), ..options };
@@ -116,7 +118,7 @@ fn rot(world: &mut World, tag: u64) {
 
 /// Tag of a block, of the volume or of one of its snapshots, and its version's name.
 fn version(
-    world: &World,
+    world: &mut World,
     volume: VolumeId,
     index: Option<usize>,
     block: u64,
@@ -137,7 +139,7 @@ fn version(
         _ => false,
     };
     let stamp = if index.is_none() {
-        tercet_proto::Copies::stamps(&world.store, volume, range)[0].stamp
+        common::copying::own_stamps(world, volume, range)[0].0
     } else {
         model.log.iter().find(written).expect("somebody wrote it").header.place
     };
@@ -169,7 +171,7 @@ fn a_pass_reads_what_is_shared_once_and_finds_nothing_bad() {
         assert_eq!(status.checked_blocks, number * expected);
         assert!(status.last_pass.is_some());
     }
-    assert_eq!(world.store.check(), Vec::<String>::new());
+    assert_eq!(world.check(), Vec::<String>::new());
     assert_eq!(world.bad, []);
 }
 
@@ -178,7 +180,7 @@ fn a_pass_finds_exactly_what_is_bad_and_says_where() {
     let (a, mut world) = (volume_id(1), of_shared(2));
     // Of the newest state only, of the older snapshot only, of all four maps; unreadable: of two.
     let bad = [(None, 2), (Some(0), 1), (None, 7), (None, 1110)]
-        .map(|(index, block)| version(&world, a, index, block));
+        .map(|(index, block)| version(&mut world, a, index, block));
     for (tag, _) in &bad[..3] {
         rot(&mut world, *tag);
     }
@@ -208,7 +210,7 @@ fn a_pass_finds_exactly_what_is_bad_and_says_where() {
 #[test]
 fn a_read_of_a_bad_block_names_it_before_its_answer() {
     let (a, mut world) = (volume_id(1), of_shared(3));
-    let (tag, version) = version(&world, a, None, 1120);
+    let (tag, version) = version(&mut world, a, None, 1120);
     rot(&mut world, tag);
     let token = Token(1 << 52);
     world.store.read(a, BlockRange { start: 1100, count: 40 }, token);
@@ -300,7 +302,7 @@ fn a_pass_goes_on_over_what_changes_under_it() {
         pass(&mut world);
         passes += world.store.scrub_status().passes;
         assert_eq!(world.bad, []);
-        assert_eq!(world.store.check(), Vec::<String>::new());
+        assert_eq!(world.check(), Vec::<String>::new());
         world.assert_well("scrubbed");
     }
     assert!(passes > 40, "{passes} passes");
@@ -314,7 +316,7 @@ fn a_repair_is_seen_by_all_who_share_the_block_and_lasts() {
     // One that four maps share, one that two leaves share, one of a snapshot alone.
     // The log retains the entry of the second, so that it keeps the bad block until it is cut.
     for (index, block, kept) in [(None, 7, 0), (None, 1100, 1), (Some(0), 1, 0)] {
-        let (tag, version) = version(&world, a, index, block);
+        let (tag, version) = version(&mut world, a, index, block);
         let bad = sector_of(&world, tag);
         rot(&mut world, tag);
         let before = world.store.usage();
@@ -326,7 +328,7 @@ fn a_repair_is_seen_by_all_who_share_the_block_and_lasts() {
         let kept_bytes = kept * BLOCK_BYTES as u64;
         assert_eq!(after.allocated_bytes, before.allocated_bytes + kept_bytes, "given back");
     }
-    assert_eq!(world.store.check(), Vec::<String>::new());
+    assert_eq!(world.check(), Vec::<String>::new());
     let status = world.store.scrub_status();
     assert_eq!((status.repaired_blocks, status.bad_blocks_now), (3, 0));
     world.disk.power_cut(&mut |_| 0);
@@ -340,7 +342,7 @@ fn a_repair_is_seen_by_all_who_share_the_block_and_lasts() {
 #[test]
 fn a_repair_takes_nothing_but_the_bytes_of_that_version() {
     let (a, mut world) = (volume_id(1), of_shared(6));
-    let (tag, version) = version(&world, a, None, 7);
+    let (tag, version) = version(&mut world, a, None, 7);
     rot(&mut world, tag);
     let other = Err(StorageError::OtherVersion(a));
     let mut wrong = version;
@@ -380,7 +382,7 @@ fn a_repair_takes_nothing_but_the_bytes_of_that_version() {
     world.settle();
     assert_eq!(world.dones.remove(&token), Some(other), "nobody names it any more");
     checkpoint(&mut world);
-    assert_eq!(world.store.check(), Vec::<String>::new());
+    assert_eq!(world.check(), Vec::<String>::new());
     world.compare_all();
     world.assert_well("nothing was changed");
 }
@@ -389,7 +391,7 @@ fn a_repair_takes_nothing_but_the_bytes_of_that_version() {
 fn after_crash(world: &World, image: &tercet_store::simdisk::Image, bad: u64) -> (u64, u64) {
     let mut after = world.fork(SimDisk::from_image(CAPACITY, image));
     after.restart();
-    assert_eq!(after.store.check(), Vec::<String>::new());
+    assert_eq!(after.check(), Vec::<String>::new());
     let (mut found, mut whole) = (0, 0);
     let volumes: Vec<VolumeId> = after.model.keys().copied().collect();
     for volume in volumes {
@@ -420,7 +422,7 @@ fn a_crash_at_any_moment_of_a_repair_gives_back_the_bad_block_or_the_good_one() 
     let (mut states, mut bad, mut good) = (0, 0, 0);
     for seed in 0..3 {
         let mut world = of_shared(seed);
-        let (tag, version) = version(&world, a, None, block);
+        let (tag, version) = version(&mut world, a, None, block);
         rot(&mut world, tag);
         world.store.repair(a, version, Bytes::from(block_bytes(tag)), Token(1 << 52));
         world.pump();
@@ -472,7 +474,7 @@ fn a_read_that_the_device_refuses_once_is_done_again() {
 #[test]
 fn a_place_that_cannot_be_read_is_one_bad_block_of_a_store_that_goes_on() {
     let (a, mut world) = (volume_id(1), of_shared(9));
-    let (tag, version) = version(&world, a, None, 1120);
+    let (tag, version) = version(&mut world, a, None, 1120);
     let sector = sector_of(&world, tag);
     world.disk.set_unreadable(sector);
     let token = Token(1 << 52);
@@ -501,7 +503,7 @@ fn a_payload_that_cannot_be_read_from_the_ring_becomes_a_bad_block() {
         world.settle();
     }
     world.apply(a, 100);
-    let (tag, version) = version(&world, a, None, 10);
+    let (tag, version) = version(&mut world, a, None, 10);
     let wanted = block_bytes(tag);
     let mut ring = 64..DATA_START;
     let sector = ring.find(|s| world.disk.sector(*s)[..] == wanted[..]).expect("in the ring");
@@ -515,11 +517,50 @@ fn a_payload_that_cannot_be_read_from_the_ring_becomes_a_bad_block() {
     world.assert_well("repaired");
 }
 
+/// A leaf that cannot be read, or rots, is an error of the blocks that it is for, and of no others.
+#[test]
+fn a_bad_leaf_is_an_error_of_its_own_blocks() {
+    for rots in [false, true] {
+        let a = volume_id(1);
+        let mut world = world(13);
+        world.create(a, 3000, None);
+        world.settle();
+        for block in [5, 1030, 2060] {
+            world.write(a, block, 20).expect("room");
+        }
+        world.settle();
+        world.apply(a, 3);
+        checkpoint(&mut world);
+        world.disk.power_cut(&mut |choice| choice.versions);
+        world.restart();
+        let leaves = (DATA_START..CAPACITY / BLOCK_BYTES as u64).filter(|sector| {
+            let bytes = world.disk.sector(*sector);
+            bytes[4..8] == *b"TLF1" && bytes[32..36] == 1_u32.to_le_bytes()
+        });
+        for sector in leaves.collect::<Vec<_>>() {
+            if rots {
+                world.disk.flip(sector, 999);
+            } else {
+                world.disk.set_unreadable(sector);
+            }
+        }
+        let bad = StorageError::Checksum { volume: a, block: 1032 };
+        for (block, wanted) in [(7, Ok(())), (1032, Err(bad)), (2062, Ok(()))] {
+            let token = Token((1 << 52) + block);
+            world.store.read(a, BlockRange { start: block, count: 3 }, token);
+            world.settle();
+            let found = world.other_reads.remove(&token).expect("answered");
+            assert_eq!(found.map(|_| ()), wanted, "rots: {rots}");
+        }
+        assert!(!world.failed, "the store goes on");
+    }
+}
+
 #[test]
 fn write_errors_and_a_device_that_reads_nothing_any_more_still_end_the_store() {
     let a = volume_id(1);
     let mut first = of_shared(11);
-    let (tag, version) = version(&first, a, None, 7);
+    let (tag, version) = version(&mut first, a, None, 7);
     rot(&mut first, tag);
     first.store.repair(a, version, Bytes::from(block_bytes(tag)), Token(1 << 52));
     first.pump();
@@ -528,7 +569,8 @@ fn write_errors_and_a_device_that_reads_nothing_any_more_still_end_the_store() {
     first.disk.fail(mend);
     first.settle();
     assert!(first.failed, "a write that fails ends the store");
-    let mut second = world(12);
+    // Its leaves are at hand: it is data that cannot be read.
+    let mut second = world_with(12, Options { leaf_cache_bytes: 1 << 20, ..common::options() });
     second.create(a, 5000, None);
     second.settle();
     for start in (0..4800).step_by(400) {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, ReplicaState, SnapshotState, StorageError};
 use tercet_proto::{
     BlockRange, BlockVersion, Config, Copies, Entry, EntryHeader, Lsn, Piece, Place, Promise,
-    Repairs, ReplicaId, StampRun, Token, View, ViewId, VolumeId,
+    Repairs, ReplicaId, Stamps, Token, View, ViewId, VolumeId,
 };
 
 use super::*;
@@ -28,12 +28,12 @@ impl Copies for FakeStore {
         None
     }
     fn thaw(&mut self, _: ViewId) {}
-    fn view_stamps(&self, _: ViewId, _: usize, _: u64) -> Option<Vec<StampRun>> {
-        None
+    fn view_stamps(&mut self, _: ViewId, _: usize, _: u64, _: Token) -> Stamps {
+        Stamps::Gone
     }
     fn read_view(&mut self, _: ViewId, _: usize, _: &[BlockRange], _: Token) {}
-    fn stamps(&self, _: VolumeId, _: BlockRange) -> Vec<StampRun> {
-        Vec::new()
+    fn stamps(&mut self, _: VolumeId, _: BlockRange, _: Token) -> Stamps {
+        Stamps::Here(Vec::new())
     }
     fn copy_begin(&mut self, _: VolumeId, _: &[SnapshotState]) {}
     fn copy_resize(&mut self, _: VolumeId, _: u64) {}
@@ -107,6 +107,10 @@ impl Backend for FakeStore {
         ScrubStatus::default()
     }
     fn place_of(&self, _: VolumeId, _: u64) -> Option<u64> {
+        None
+    }
+
+    fn stamp_of(&self, _: VolumeId, _: u64) -> Option<Place> {
         None
     }
     fn allocated_bytes(&self, _: VolumeId) -> Option<u64> {

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use tercet_proto::copy::{COPY_BLOCKS_MAX, Piece, StampRun, View};
 use tercet_proto::storage::{Incomplete, Storage, StorageError};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, Copies, Entry, EntryKind, Place, Token, ViewId, VolumeId,
+    BLOCK_BYTES, BlockRange, Copies, Entry, EntryKind, Place, Stamps, Token, ViewId, VolumeId,
 };
 
 use super::{ModelEntry, ModelVolume, World, payload};
@@ -35,17 +35,44 @@ pub fn expand(runs: &[StampRun]) -> Vec<Stamp> {
 }
 
 /// Stamps of a volume's newest state, as the store has them.
-pub fn stamps(world: &World, volume: VolumeId) -> Vec<Stamp> {
+pub fn stamps(world: &mut World, volume: VolumeId) -> Vec<Stamp> {
     let size = world.store.replica(volume).expect("there").size_blocks;
-    let range = BlockRange { start: 0, count: size as u32 };
-    expand(&world.store.stamps(volume, range))
+    own_stamps(world, volume, BlockRange { start: 0, count: size as u32 })
+}
+
+pub fn own_stamps(world: &mut World, volume: VolumeId, range: BlockRange) -> Vec<Stamp> {
+    let token = Token(world.fresh());
+    let stamps = world.store.stamps(volume, range, token);
+    expand(&come(world, token, stamps))
+}
+
+/// The stamps, at once or when they have been read.
+fn come(world: &mut World, token: Token, stamps: Stamps) -> Vec<StampRun> {
+    match stamps {
+        Stamps::Here(runs) => return runs,
+        Stamps::Gone => panic!("a part of a view"),
+        Stamps::Later => {}
+    }
+    world.pump();
+    loop {
+        if let Some(result) = world.stamps.remove(&token) {
+            return result.expect("stamps can be read");
+        }
+        assert!(world.complete_one(), "nothing is on its way, and no answer");
+    }
+}
+
+fn view_stamps(world: &mut World, view: ViewId, part: usize, from: u64) -> Vec<StampRun> {
+    let token = Token(world.fresh());
+    let stamps = world.store.view_stamps(view, part, from, token);
+    come(world, token, stamps)
 }
 
 /// All that a view says of a part.
-pub fn part_stamps(world: &World, view: ViewId, part: usize) -> Vec<Stamp> {
+pub fn part_stamps(world: &mut World, view: ViewId, part: usize) -> Vec<Stamp> {
     let mut all = Vec::new();
     loop {
-        let runs = world.store.view_stamps(view, part, all.len() as u64).expect("a part");
+        let runs = view_stamps(world, view, part, all.len() as u64);
         if runs.is_empty() {
             return all;
         }
@@ -129,14 +156,14 @@ impl Copying<'_> {
     fn part(&mut self, view: ViewId, part: usize, size: u64, passed: &mut Passed) {
         let mut from = 0;
         loop {
-            let runs = self.source.store.view_stamps(view, part, from).expect("a part");
+            let runs = view_stamps(self.source, view, part, from);
             if runs.is_empty() {
                 assert_eq!(from, size, "stamps reach the end of a part");
                 return;
             }
             let wanted = expand(&runs);
             let range = BlockRange { start: from, count: wanted.len() as u32 };
-            let have = expand(&self.target.store.stamps(self.volume, range));
+            let have = own_stamps(self.target, self.volume, range);
             assert_eq!(wanted.len(), have.len());
             self.differing(view, part, from, (&wanted, &have), passed);
             from += wanted.len() as u64;
