@@ -49,6 +49,9 @@ pub enum HostCommand {
     Flush,
     /// Compare blocks with these bytes (rule L1).
     Compare(BlockRange, Bytes),
+    /// Compare blocks with the first bytes and write the second only if they are equal, with no
+    /// other change in between (rule L1).
+    CompareWrite(BlockRange, Bytes, Bytes),
 }
 
 /// How a command ended well.
@@ -58,7 +61,7 @@ pub enum HostDone {
     Ok,
     /// A read's bytes in order, in one or more pieces.
     Data(Vec<Bytes>),
-    /// A compare found the first difference in this block.
+    /// A compare found the first difference in this block; nothing was written.
     Differs(u64),
 }
 

@@ -266,7 +266,9 @@ impl Replica {
                 cx.out.push(Output::HostDone(id, token, Ok(HostDone::Ok)));
                 Ran::Done
             }
-            HostCommand::Read(range) | HostCommand::Compare(range, _)
+            HostCommand::Read(range)
+            | HostCommand::Compare(range, _)
+            | HostCommand::CompareWrite(range, ..)
                 if self.repairs.under_way(range) =>
             {
                 Ran::Hold(command) // C4
@@ -278,7 +280,18 @@ impl Replica {
                 }
                 self.start_read((id, token, met_bad), range, command, cx)
             }
-            HostCommand::Write(..) | HostCommand::Zero(..) => self.change(id, token, command, cx),
+            HostCommand::CompareWrite(range, ..) => {
+                if primary.overlap(range).is_some() || self.is_comparing(range) {
+                    return Ran::Hold(command); // L1
+                }
+                self.start_read((id, token, met_bad), range, command, cx)
+            }
+            HostCommand::Write(range, _) | HostCommand::Zero(range, _) => {
+                if self.is_comparing(range) {
+                    return Ran::Hold(command); // L1
+                }
+                self.change(id, token, command, cx)
+            }
         }
     }
 
@@ -295,6 +308,9 @@ impl Replica {
         }
         let Role::Primary(primary) = &mut self.role else { unreachable!("serving") };
         primary.reads += 1;
+        if matches!(command, HostCommand::CompareWrite(..)) {
+            primary.comparing.push((association, token, range));
+        }
         let epoch = primary.epoch();
         let read = HostRead { epoch, association, token, command, met_bad };
         let own = cx.tokens.issue(Purpose::HostRead(self.volume, read));
@@ -314,6 +330,21 @@ impl Replica {
             return; // its association has ended with that epoch (H4)
         }
         primary.reads -= 1;
+        let compared = primary.comparing.len();
+        primary.comparing.retain(|(of, which, _)| (*of, *which) != (read.association, read.token));
+        let has_compared = primary.comparing.len() != compared;
+        self.finish_read(read, result, cx);
+        if has_compared {
+            self.retry_held(cx); // what waited for its range
+        }
+    }
+
+    fn finish_read(
+        &mut self,
+        read: HostRead,
+        result: Result<Vec<Bytes>, StorageError>,
+        cx: &mut Cx<'_>,
+    ) {
         let HostRead { association, token, command, met_bad, .. } = read;
         if !self.hosts.has(association) {
             self.leave(cx);
@@ -331,6 +362,14 @@ impl Replica {
         let done = match result {
             Ok(data) => match &command {
                 HostCommand::Compare(range, expected) => Ok(compare(*range, expected, &data)),
+                HostCommand::CompareWrite(range, expected, _) => {
+                    match compare(*range, expected, &data) {
+                        HostDone::Ok => {
+                            return self.write_compared(association, token, command, cx);
+                        }
+                        differs => Ok(differs),
+                    }
+                }
                 _ => Ok(HostDone::Data(data)),
             },
             Err(_) => Err(HostError::Inaccessible),
@@ -341,7 +380,10 @@ impl Replica {
 
     /// C4: it runs anew when the block is repaired, or fails where nobody has it.
     fn met_bad_block(&mut self, read: Held, cx: &mut Cx<'_>) {
-        let (HostCommand::Read(range) | HostCommand::Compare(range, _)) = read.command else {
+        let (HostCommand::Read(range)
+        | HostCommand::Compare(range, _)
+        | HostCommand::CompareWrite(range, ..)) = read.command
+        else {
             unreachable!("who reads")
         };
         let again = read.met_bad < READS_MAX && self.repairs.under_way(range);
@@ -353,6 +395,35 @@ impl Replica {
         }
         self.retry_held(cx); // it may be repaired already, or leaving has begun
         self.leave(cx);
+    }
+
+    /// The write of a fused compare-and-write, in the very step in which it was found equal: no
+    /// change of its range has been ordered since the compare began (L1).
+    fn write_compared(
+        &mut self,
+        association: AssociationId,
+        token: Token,
+        command: HostCommand,
+        cx: &mut Cx<'_>,
+    ) {
+        let Role::Primary(primary) = &self.role else { unreachable!("it compared") };
+        if primary.leaving.is_some() {
+            cx.out.push(Output::HostDone(association, token, Err(HostError::Inaccessible)));
+            return self.leave(cx);
+        }
+        if let Ran::Hold(command) = self.change(association, token, command, cx) {
+            // No room in the log: from the start, because others may change the range meanwhile.
+            self.hosts.held.push_back(Held { association, token, command, met_bad: 0 });
+        }
+    }
+
+    /// Whether a change of `range` has to wait: a fused compare-and-write of it is under way, or
+    /// was held before (and would wait for ever behind a stream of changes).
+    fn is_comparing(&self, range: BlockRange) -> bool {
+        let Role::Primary(primary) = &self.role else { return false };
+        let waits = |held: &Held| matches!(&held.command, HostCommand::CompareWrite(other, ..) if other.overlaps(range));
+        primary.comparing.iter().any(|(.., other)| other.overlaps(range))
+            || self.hosts.held.iter().any(waits)
     }
 
     /// A write or zeroes: ordered at once, or held when the log has no room for now.
@@ -368,7 +439,7 @@ impl Replica {
             return Ran::Hold(command);
         }
         let (kind, payload) = match &command {
-            HostCommand::Write(range, payload) => {
+            HostCommand::Write(range, payload) | HostCommand::CompareWrite(range, _, payload) => {
                 let payload_crc = crc32c(payload);
                 (EntryKind::Write { range: *range, payload_crc }, payload.clone())
             }
@@ -447,10 +518,15 @@ fn fail(id: AssociationId, token: Token, error: HostError, cx: &mut Cx<'_>) -> R
 /// What can be said of a command before it is ordered.
 fn check(command: &HostCommand, size_blocks: u64, read_only: bool) -> Result<(), HostError> {
     let (range, payload, changes) = match command {
+        HostCommand::CompareWrite(range, expected, _) if expected.len() != range.bytes() => {
+            return Err(HostError::OutOfRange);
+        }
         HostCommand::Flush => return Ok(()),
         HostCommand::Read(range) => (range, None, false),
         HostCommand::Compare(range, payload) => (range, Some(payload), false),
-        HostCommand::Write(range, payload) => (range, Some(payload), true),
+        HostCommand::Write(range, payload) | HostCommand::CompareWrite(range, _, payload) => {
+            (range, Some(payload), true)
+        }
         HostCommand::Zero(range, _) => (range, None, true),
     };
     let end = range.start.checked_add(u64::from(range.count)).ok_or(HostError::OutOfRange)?;

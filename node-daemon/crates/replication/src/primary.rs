@@ -68,6 +68,8 @@ pub(crate) struct Primary {
     pub leaving: Option<Leaving>,
     /// Reads of hosts at storage.
     pub reads: usize,
+    /// What fused compare-and-writes compare at storage: no change of it is ordered meanwhile (L1).
+    pub comparing: Vec<(AssociationId, Token, BlockRange)>,
     pub fence: Option<crate::hosts::FenceWanted>,
     /// What members copy from (C2).
     pub copies: Outgoing,
@@ -88,6 +90,7 @@ impl Primary {
             active_wanted: None,
             leaving: None,
             reads: 0,
+            comparing: Vec::new(),
             fence: None,
             copies: Outgoing::default(),
         }

@@ -106,6 +106,64 @@ fn t8_a_lost_lease_stops_reads_and_the_same_epoch_goes_on_when_it_returns() {
     assert_eq!(cluster.object.config.as_ref().map(|config| config.epoch), Some(Epoch(1)));
 }
 
+/// Compare with `expected`, write `stamp`.
+fn compare_write(at_block: u64, expected: u64, stamp: u64) -> HostCommand {
+    HostCommand::CompareWrite(at(at_block), block(expected), block(stamp))
+}
+
+#[test]
+fn l1_of_two_compare_and_writes_of_one_block_one_succeeds() {
+    for seed in 100..140 {
+        let mut cluster = Cluster::serving(seed);
+        let hosts = [cluster.connect(0, host(1)), cluster.connect(0, host(2))];
+        cluster.write(0, hosts[0], 3, 7);
+        for round in 0..6 {
+            let (old, new) = if round == 0 { (7, 10) } else { (10 * round, 10 * (round + 1)) };
+            let tokens = [
+                cluster.command(0, hosts[0], compare_write(3, old, new)),
+                cluster.command(0, hosts[1], compare_write(3, old, new)),
+            ];
+            cluster.run_ms(1000);
+            let done = |which: usize| cluster.done[&(hosts[which], tokens[which])].clone();
+            let ok = [done(0), done(1)].iter().filter(|done| **done == Ok(HostDone::Ok)).count();
+            assert_eq!(ok, 1, "seed {seed}: {:?} {:?}", done(0), done(1));
+            assert!([done(0), done(1)].contains(&Ok(HostDone::Differs(3))));
+            assert_eq!(cluster.read(0, hosts[1], 3), new);
+        }
+        cluster.assert_converged();
+    }
+}
+
+#[test]
+fn l1_a_write_behind_a_compare_and_write_is_not_lost_in_it() {
+    let mut cluster = Cluster::serving(141);
+    let id = cluster.connect(0, host(1));
+    cluster.write(0, id, 3, 7);
+    // An uncommitted entry before it, so that it waits; a change behind it waits as well.
+    cluster.stop_disk(1, true);
+    cluster.stop_disk(2, true);
+    let first = cluster.command(0, id, HostCommand::Write(at(3), block(8)));
+    let fused = cluster.command(0, id, compare_write(3, 8, 9));
+    let behind = cluster.command(0, id, HostCommand::Write(at(3), block(10)));
+    let beside = cluster.command(0, id, HostCommand::Write(at(4), block(11)));
+    cluster.run_ms(300);
+    assert!(
+        [first, fused, behind, beside]
+            .iter()
+            .all(|token| !cluster.done.contains_key(&(id, *token)))
+    );
+    cluster.stop_disk(1, false);
+    cluster.run_ms(1000);
+    for token in [first, fused, behind, beside] {
+        assert_eq!(cluster.done.get(&(id, token)), Some(&Ok(HostDone::Ok)));
+    }
+    assert_eq!(cluster.read(0, id, 3), 10);
+    let stale = cluster.command(0, id, compare_write(3, 8, 9));
+    cluster.run_ms(1000);
+    assert_eq!(cluster.done.get(&(id, stale)), Some(&Ok(HostDone::Differs(3))));
+    assert_eq!(cluster.read(0, id, 3), 10, "a compare that fails writes nothing");
+}
+
 #[test]
 fn h2_h4_nobody_but_the_serving_primary_keeps_a_command() {
     let mut cluster = Cluster::serving(7);
