@@ -40,6 +40,20 @@ pub mod io {
     pub const WRITE_ZEROES: u8 = 0x08;
     /// Dataset Management.
     pub const DATASET_MANAGEMENT: u8 = 0x09;
+    /// Verify.
+    pub const VERIFY: u8 = 0x0c;
+    /// Copy.
+    pub const COPY: u8 = 0x19;
+}
+
+/// FUSE (Base 4.2): what a command is of a fused operation.
+pub mod fuse {
+    /// A command of its own.
+    pub const ALONE: u8 = 0;
+    /// The first of two.
+    pub const FIRST: u8 = 1;
+    /// The second of two.
+    pub const SECOND: u8 = 2;
 }
 
 /// The opcode of every Fabrics command (Base 6).
@@ -59,8 +73,18 @@ pub mod fctype {
 
 /// Feature identifiers (Base 5.27).
 pub mod feature {
+    /// Arbitration.
+    pub const ARBITRATION: u8 = 0x01;
+    /// Power Management.
+    pub const POWER_MANAGEMENT: u8 = 0x02;
+    /// Temperature Threshold.
+    pub const TEMPERATURE_THRESHOLD: u8 = 0x04;
+    /// Error Recovery.
+    pub const ERROR_RECOVERY: u8 = 0x05;
     /// Number of Queues.
     pub const QUEUE_COUNT: u8 = 0x07;
+    /// Write Atomicity Normal.
+    pub const WRITE_ATOMICITY: u8 = 0x0a;
     /// Asynchronous Event Configuration.
     pub const ASYNC_EVENTS: u8 = 0x0b;
     /// Keep Alive Timer.
@@ -77,6 +101,14 @@ pub const DSM_DEALLOCATE: u32 = 1 << 2;
 pub const DSM_RANGE_BYTES: usize = 16;
 /// Most ranges of one Dataset Management command (NR is 0's based in 8 bits).
 pub const DSM_RANGES_MAX: usize = 256;
+
+/// Bytes of a Source Range Entry of Copy, descriptor format 0 (NVM 3.2.2).
+pub const COPY_RANGE_BYTES: usize = 32;
+/// Most source ranges of one Copy: what fits into 4 KiB (MSRC + 1).
+pub const COPY_RANGES_MAX: usize = 128;
+/// Most blocks of one Copy, and of each of its source ranges (MCL, MSSRL): one write, so that a
+/// copy is written whole or not at all.
+pub const COPY_BLOCKS_MAX: u32 = (crate::TRANSFER_BYTES_MAX / crate::BLOCK_BYTES) as u32;
 
 /// In-capsule data: SGL Data Block (0h), sub type offset (1h).
 const SGL_IN_CAPSULE: u8 = 0x01;

@@ -2,9 +2,14 @@
 
 use tercet_proto::VolumeId;
 
+use crate::command::{COPY_BLOCKS_MAX, COPY_RANGES_MAX};
 use crate::fabrics::VERSION;
 use crate::le::{nqn_at, put_ascii, put_nqn, put_u16, put_u32, put_u64, u16_at, u32_at, u64_at};
-use crate::{ANA_GROUP, ANATT_S, BLOCK_SHIFT, IN_CAPSULE_BYTES_MAX, MDTS, NSID, QUEUE_ENTRIES_MAX};
+use crate::log::ERRORS_MAX;
+use crate::{
+    ANA_GROUP, ANATT_S, BLOCK_BYTES, BLOCK_SHIFT, IN_CAPSULE_BYTES_MAX, MDTS, NSID,
+    QUEUE_ENTRIES_MAX, TRANSFER_BYTES_MAX,
+};
 
 /// Bytes of every Identify structure.
 pub const IDENTIFY_BYTES: usize = 4096;
@@ -14,6 +19,15 @@ pub const KEEP_ALIVE_UNITS: u16 = 1;
 pub const ASYNC_EVENTS_MAX: usize = 4;
 /// Pages of 4 KiB, as a power of two, that one Write Zeroes may cover (WZSL): all of NLB.
 const WRITE_ZEROES_SHIFT: u8 = 16;
+/// Pages of 4 KiB, as a power of two, that one Verify may cover (VSL): they are read at once.
+const VERIFY_SHIFT: u8 = MDTS;
+/// Blocks of an atomic write, 0's based (AWUN, AWUPF, ACWU and the namespace's own): whatever MDTS
+/// lets through is one entry of the log (rule W1), read from one map.
+const ATOMIC_BLOCKS: u16 = (TRANSFER_BYTES_MAX / BLOCK_BYTES) as u16 - 1;
+/// Temperature, in kelvin, that a controller has to name (WCTEMP); the health log's never gets there.
+pub const WARNING_TEMPERATURE_K: u16 = 343;
+/// The same of CCTEMP.
+const CRITICAL_TEMPERATURE_K: u16 = 353;
 
 /// CNS values (Base 5.17.1).
 pub mod cns {
@@ -33,10 +47,20 @@ pub mod cns {
     pub const COMMAND_SET_NAMESPACE_LIST: u8 = 0x07;
     /// I/O Command Set independent Identify Namespace.
     pub const INDEPENDENT_NAMESPACE: u8 = 0x08;
+    /// Allocated Namespace ID list.
+    pub const ALLOCATED_NAMESPACE_LIST: u8 = 0x10;
+    /// Identify Namespace of an allocated namespace.
+    pub const ALLOCATED_NAMESPACE: u8 = 0x11;
+    /// Controllers that have the namespace attached.
+    pub const NAMESPACE_CONTROLLERS: u8 = 0x12;
+    /// Controllers of the subsystem.
+    pub const CONTROLLERS: u8 = 0x13;
 }
 
 /// Bits of OAES and of the Asynchronous Event Configuration feature.
 pub mod notice {
+    /// SMART / Health critical warning: temperature (no notice, but configured with them).
+    pub const TEMPERATURE: u32 = 1 << 1;
     /// Namespace Attribute Notices.
     pub const NAMESPACE: u32 = 1 << 8;
     /// Asymmetric Namespace Access Change Notices.
@@ -73,7 +97,9 @@ pub fn controller(about: Controller<'_>) -> Vec<u8> {
     out[111] = if about.volume.is_some() { 1 } else { 2 }; // CNTRLTYPE: I/O or discovery
     out[258] = 3; // ACL, 0's based
     out[259] = ASYNC_EVENTS_MAX as u8 - 1; // AERL, 0's based
+    out[260] = 1 | 1 << 1; // FRMW: one slot, read only
     out[261] = 1 << 1 | 1 << 2; // LPA: effects log, extended data (offsets)
+    out[262] = ERRORS_MAX as u8 - 1; // ELPE, 0's based
     put_u16(&mut out, 320, KEEP_ALIVE_UNITS); // KAS
     put_u16(&mut out, 514, QUEUE_ENTRIES_MAX); // MAXCMD
     put_u32(&mut out, 536, 1 | 1 << 20); // SGLS: supported, offsets in capsules
@@ -92,6 +118,8 @@ pub fn controller(about: Controller<'_>) -> Vec<u8> {
 fn io_controller(out: &mut [u8]) {
     out[76] = 1 | 1 << 1 | 1 << 3; // CMIC: several ports, several controllers, ANA
     put_u32(out, 92, notice::NAMESPACE | notice::ANA); // OAES
+    put_u16(out, 266, WARNING_TEMPERATURE_K); // WCTEMP
+    put_u16(out, 268, CRITICAL_TEMPERATURE_K); // CCTEMP
     out[342] = ANATT_S; // ANATT
     out[343] = 1 | 1 << 2 | 1 << 4 | 1 << 6; // ANACAP: optimized, inaccessible, change; fixed group
     put_u32(out, 344, ANA_GROUP); // ANAGRPMAX
@@ -99,9 +127,15 @@ fn io_controller(out: &mut [u8]) {
     out[512] = 0x66; // SQES: 64 bytes
     out[513] = 0x44; // CQES: 16 bytes
     put_u32(out, 516, NSID); // NN
-    put_u16(out, 520, 1 | 1 << 2 | 1 << 3); // ONCS: Compare, Dataset Management, Write Zeroes
+    // ONCS: Compare, Dataset Management, Write Zeroes, Save and Select fields, Verify, Copy
+    put_u16(out, 520, 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 8);
+    put_u16(out, 522, 1); // FUSES: Compare and Write
     // VWC: none, every write is durable when it is answered; Flush to all namespaces is taken.
     out[525] = 3 << 1;
+    put_u16(out, 526, ATOMIC_BLOCKS); // AWUN
+    put_u16(out, 528, ATOMIC_BLOCKS); // AWUPF
+    put_u16(out, 532, ATOMIC_BLOCKS); // ACWU
+    put_u16(out, 534, 1); // OCFS: Copy descriptor format 0
     put_u32(out, 540, NSID); // MNAN
     put_u32(out, 1792, ((64 + IN_CAPSULE_BYTES_MAX) / 16) as u32); // IOCCSZ
     put_u32(out, 1796, 1); // IORCSZ
@@ -165,8 +199,15 @@ pub fn namespace(volume: VolumeId, blocks: u64) -> Vec<u8> {
     put_u64(&mut out, 0, blocks); // NSZE
     put_u64(&mut out, 8, blocks); // NCAP
     put_u64(&mut out, 16, blocks); // NUSE
+    out[24] = 1 << 1; // NSFEAT: NAWUN, NAWUPF and NACWU are defined
     out[30] = 1; // NMIC: may be attached to several controllers
     out[33] = 1 | 1 << 3; // DLFEAT: deallocated reads as zeroes, Write Zeroes may deallocate
+    put_u16(&mut out, 34, ATOMIC_BLOCKS); // NAWUN
+    put_u16(&mut out, 36, ATOMIC_BLOCKS); // NAWUPF
+    put_u16(&mut out, 38, ATOMIC_BLOCKS); // NACWU
+    put_u16(&mut out, 74, COPY_BLOCKS_MAX as u16); // MSSRL
+    put_u32(&mut out, 76, COPY_BLOCKS_MAX); // MCL
+    out[80] = COPY_RANGES_MAX as u8 - 1; // MSRC, 0's based
     put_u32(&mut out, 92, ANA_GROUP); // ANAGRPID
     out[104..120].copy_from_slice(volume.as_bytes()); // NGUID
     out[130] = BLOCK_SHIFT; // LBAF0: MS 128-129, LBADS 130, RP 131
@@ -234,7 +275,21 @@ pub fn descriptors(volume: VolumeId) -> Vec<u8> {
 /// DMRSL 4-7, DMSL 8-15. A limit of 0 is none.
 pub fn command_set_controller() -> Vec<u8> {
     let mut out = vec![0; IDENTIFY_BYTES];
+    out[0] = VERIFY_SHIFT;
     out[1] = WRITE_ZEROES_SHIFT;
+    out
+}
+
+/// Controller list (CNS 12h and 13h, Base 4.4): how many, then identifiers in order, from `first` on.
+pub fn controller_list(cntlids: &std::collections::BTreeSet<u16>, first: u16) -> Vec<u8> {
+    const MOST: usize = 2047;
+    let mut out = vec![0; IDENTIFY_BYTES];
+    let mut count = 0;
+    for &cntlid in cntlids.range(first..).take(MOST) {
+        count += 1;
+        put_u16(&mut out, count * 2, cntlid);
+    }
+    put_u16(&mut out, 0, count as u16);
     out
 }
 

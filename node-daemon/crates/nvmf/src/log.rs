@@ -68,9 +68,45 @@ impl AnaState {
     }
 }
 
-/// Error Information: no entry has anything in it.
-pub fn errors() -> Vec<u8> {
-    vec![0; 64]
+/// Bytes of an entry of the Error Information log.
+pub const ERROR_BYTES: usize = 64;
+/// Entries of the Error Information log (ELPE + 1).
+pub const ERRORS_MAX: usize = 16;
+
+/// A command that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ErrorEntry {
+    /// Of all errors of this controller, counted from 1.
+    pub count: u64,
+    /// SQID.
+    pub queue: u16,
+    /// CID.
+    pub command: u16,
+    /// Its status.
+    pub status: crate::status::Status,
+    /// SLBA of an I/O command.
+    pub lba: u64,
+    /// NSID.
+    pub nsid: u32,
+}
+
+/// Error Information (Base 5.16.1.2), the newest first: error count 0-7, SQID 8-9, CID 10-11, status
+/// 12-13 (with its phase bit), parameter location 14-15 (FFFFh: not known), LBA 16-23, NSID 24-27,
+/// TRTYPE 29.
+pub fn errors<'a>(newest_first: impl Iterator<Item = &'a ErrorEntry>) -> Vec<u8> {
+    const TCP: u8 = 3;
+    let mut out = vec![0; ERROR_BYTES * ERRORS_MAX];
+    for (entry, out) in newest_first.zip(out.chunks_exact_mut(ERROR_BYTES)) {
+        put_u64(out, 0, entry.count);
+        put_u16(out, 8, entry.queue);
+        put_u16(out, 10, entry.command);
+        put_u16(out, 12, entry.status.to_wire());
+        put_u16(out, 14, 0xffff);
+        put_u64(out, 16, entry.lba);
+        put_u32(out, 24, entry.nsid);
+        out[29] = TCP;
+    }
+    out
 }
 
 /// Work done by a controller, for the health log.
@@ -84,14 +120,24 @@ pub struct Counters {
     pub reads: u64,
     /// Write commands.
     pub writes: u64,
+    /// Commands that found blocks which cannot be read.
+    pub media_errors: u64,
+    /// Entries that the Error Information log ever had.
+    pub errors: u64,
 }
 
-/// SMART / Health: composite temperature 1-2 (kelvin), spare 3, its threshold 4, data units (of
-/// 1,000 blocks of 512 bytes) read 32-47 and written 48-63, commands 64-79 and 80-95.
-pub fn health(counters: &Counters) -> Vec<u8> {
-    const ROOM_TEMPERATURE_K: u16 = 298;
+/// A volume's temperature, in kelvin.
+pub const ROOM_TEMPERATURE_K: u16 = 298;
+/// Critical warning: the temperature is beyond a threshold.
+const TEMPERATURE_WARNING: u8 = 1 << 1;
+
+/// SMART / Health: critical warning 0, composite temperature 1-2 (kelvin), spare 3, its threshold 4, data units (of
+/// 1,000 blocks of 512 bytes) read 32-47 and written 48-63, commands 64-79 and 80-95, media errors
+/// 160-175, error log entries 176-191.
+pub fn health(counters: &Counters, is_warm: bool) -> Vec<u8> {
     const DATA_UNIT_BYTES: u64 = 512_000;
     let mut out = vec![0; 512];
+    out[0] = if is_warm { TEMPERATURE_WARNING } else { 0 };
     put_u16(&mut out, 1, ROOM_TEMPERATURE_K);
     out[3] = 100;
     out[4] = 10;
@@ -99,6 +145,8 @@ pub fn health(counters: &Counters) -> Vec<u8> {
     put_u64(&mut out, 48, counters.written_bytes.div_ceil(DATA_UNIT_BYTES));
     put_u64(&mut out, 64, counters.reads);
     put_u64(&mut out, 80, counters.writes);
+    put_u64(&mut out, 160, counters.media_errors);
+    put_u64(&mut out, 176, counters.errors);
     out
 }
 
@@ -134,10 +182,10 @@ pub fn effects() -> Vec<u8> {
     ] {
         put_u32(&mut out, usize::from(opcode) * 4, 1);
     }
-    for opcode in [io::FLUSH, io::READ, io::COMPARE] {
+    for opcode in [io::FLUSH, io::READ, io::COMPARE, io::VERIFY] {
         put_u32(&mut out, 1024 + usize::from(opcode) * 4, 1);
     }
-    for opcode in [io::WRITE, io::WRITE_ZEROES, io::DATASET_MANAGEMENT] {
+    for opcode in [io::WRITE, io::WRITE_ZEROES, io::DATASET_MANAGEMENT, io::COPY] {
         put_u32(&mut out, 1024 + usize::from(opcode) * 4, 1 | 1 << 1);
     }
     out

@@ -23,6 +23,12 @@ impl Status {
     pub const ID_CONFLICT: Self = Self(0x03 | DNR);
     /// Something broke inside; try again.
     pub const INTERNAL: Self = Self(0x06);
+    /// The host asked for it (Abort).
+    pub const ABORT_REQUESTED: Self = Self(0x07);
+    /// The other command of the fused operation failed.
+    pub const FAILED_FUSED: Self = Self(0x09 | DNR);
+    /// The other command of the fused operation did not come next.
+    pub const MISSING_FUSED: Self = Self(0x0a | DNR);
     /// No such namespace.
     pub const INVALID_NAMESPACE: Self = Self(0x0b | DNR);
     /// Not in this order (I/O before the controller is enabled, a second Connect).
@@ -60,6 +66,8 @@ impl Status {
     /// The host may not connect. Without DNR: an attachment may be seen here a moment later, and
     /// a Linux host that is told DNR gives the path up for good.
     pub const CONNECT_HOST: Self = Self(0x84 | COMMAND_SPECIFIC);
+    /// More, or longer, source ranges than Copy takes (NVM 3.2.2; command specific to I/O queues).
+    pub const SIZE_LIMIT: Self = Self(0x83 | COMMAND_SPECIFIC | DNR);
     /// Disconnect on the admin queue.
     pub const QUEUE_TYPE: Self = Self(0x85 | COMMAND_SPECIFIC | DNR);
     /// The media cannot be read.

@@ -1,26 +1,25 @@
 //! Bytes from outside: whatever comes, nothing panics, memory stays bounded, and the other
 //! connections of a target go on. Sessions are made of what a real host sends, mutated.
 
+#[path = "support/raw.rs"]
+mod raw;
+
 use bytes::Bytes;
 use proptest::prelude::*;
+use raw::{BLOCKS, ENABLED, capsule, hello, property_set, volume};
 use tercet_nvmf::command::{Data, Entry, admin, feature, io};
-use tercet_nvmf::fabrics::{ConnectData, ConnectEntry, PropertyEntry, property};
+use tercet_nvmf::fabrics::{PropertyEntry, property};
 use tercet_nvmf::host::{HostEffect, HostOptions, Multipath, Operation, OperationId};
 use tercet_nvmf::names::volume_nqn;
-use tercet_nvmf::pdu::{Common, Digests, IcReq, PduType, crc32c, flags};
+use tercet_nvmf::pdu::Digests;
 use tercet_nvmf::target::{
     Ana, CntlidRange, Command, ConnectionId, Done, Effect, OUTPUT_BYTES_MAX, TRANSFER_BUDGET_BYTES,
     Target,
 };
-use tercet_nvmf::{BLOCK_BYTES, NSID, QUEUE_ENTRIES_MAX, TRANSFER_BYTES_MAX};
-use tercet_proto::{BlockRange, Instant, VolumeId};
+use tercet_nvmf::{BLOCK_BYTES, NSID, TRANSFER_BYTES_MAX};
+use tercet_proto::{BlockRange, Instant};
 
-const NOW: Instant = Instant(1_000_000_000);
-const BLOCKS: u64 = 4096;
-
-fn volume() -> VolumeId {
-    VolumeId::from_bytes(*b"tercet test volu")
-}
+const NOW: Instant = raw::START;
 
 fn target() -> Target {
     let mut target = Target::new(1);
@@ -28,61 +27,9 @@ fn target() -> Target {
     target
 }
 
-/// A command capsule as a host sends it.
-fn capsule(mut entry: Entry, data: &[u8], digests: Digests) -> Vec<u8> {
-    if !data.is_empty() {
-        entry.set_data(Data::InCapsule(data.len() as u32));
-    }
-    let bare = 72 + digests.header_bytes();
-    let tail = if data.is_empty() { 0 } else { data.len() + digests.data_bytes() };
-    let mut out = vec![0; 72];
-    let mut common_flags = if digests.header { flags::HDGST } else { 0 };
-    if !data.is_empty() && digests.data {
-        common_flags |= flags::DDGST;
-    }
-    Common {
-        kind: PduType::CapsuleCmd,
-        flags: common_flags,
-        data_offset: if data.is_empty() { 0 } else { bare as u8 },
-        pdu_bytes: (bare + tail) as u32,
-    }
-    .put(&mut out);
-    out[8..72].copy_from_slice(&entry.0);
-    if digests.header {
-        let digest = crc32c(&out);
-        out.extend_from_slice(&digest.to_le_bytes());
-    }
-    out.extend_from_slice(data);
-    if !data.is_empty() && digests.data {
-        out.extend_from_slice(&crc32c(data).to_le_bytes());
-    }
-    out
-}
-
 fn connect(queue: u16, cntlid: u16, digests: Digests) -> Vec<u8> {
-    let entry = ConnectEntry {
-        format: 0,
-        queue,
-        last_entry: QUEUE_ENTRIES_MAX - 1,
-        no_flow_control: true,
-        keep_alive_ms: 5000,
-    };
-    let data = ConnectData {
-        host_id: [9; 16],
-        cntlid,
-        subsystem_nqn: volume_nqn(volume()),
-        host_nqn: "nqn.2026-11.io.tercet:host:fuzz".to_owned(),
-    };
-    capsule(entry.to_entry(0), &data.to_wire(), digests)
-}
-
-fn hello(digests: Digests) -> Vec<u8> {
-    let request = IcReq { format: 0, host_alignment: 0, digests: digests.to_wire(), r2ts_max: 0 };
-    request.to_wire().to_vec()
-}
-
-fn property_set(value: u64) -> Entry {
-    PropertyEntry { wide: false, offset: property::CC, value }.set(1)
+    let (entry, data) = raw::connect(&volume_nqn(volume()), raw::HOST_NQN, queue, cntlid, false);
+    capsule(entry, &data, digests)
 }
 
 fn admin_session(digests: Digests) -> Vec<Vec<u8>> {
@@ -90,7 +37,7 @@ fn admin_session(digests: Digests) -> Vec<Vec<u8>> {
     let mut pdus = vec![hello(digests), connect(0, 0xffff, digests)];
     let get = PropertyEntry { wide: true, offset: property::CAP, value: 0 };
     pdus.push(bare(get.get(0)));
-    pdus.push(bare(property_set(0x0046_0001)));
+    pdus.push(bare(property_set(ENABLED)));
     for (id, which) in [(2, 0), (3, 1), (4, 2), (5, 3), (6, 6), (7, 8)] {
         let mut entry = Entry::new(admin::IDENTIFY, id);
         entry.set_nsid(u32::from(which != 1));
@@ -165,6 +112,11 @@ fn execute(target: &mut Target, effects: Vec<Effect>) -> Vec<ConnectionId> {
                             assert!(range.end() <= BLOCKS && data.len() == range.bytes());
                             Done::Ok
                         }
+                        Command::CompareWrite(range, expected, data) => {
+                            assert!(range.end() <= BLOCKS && data.len() == range.bytes());
+                            assert_eq!(expected.len(), data.len());
+                            Done::Differs(range.start)
+                        }
                         Command::Zero(range, _) => {
                             assert!(range.end() <= BLOCKS && range.count > 0);
                             Done::Ok
@@ -207,7 +159,7 @@ fn feed(target: &mut Target, id: ConnectionId, bytes: &[u8], chunk_bytes: usize)
 fn live(digests: Digests) -> Target {
     let mut target = target();
     for (id, session) in [(1, admin_session(digests)), (2, io_session(1, digests))] {
-        target.open(ConnectionId(id), NOW).expect("room");
+        target.open(ConnectionId(id), NOW, &mut Vec::new()).expect("room");
         assert!(!feed_all(&mut target, ConnectionId(id), &session, 1 << 20));
     }
     target
@@ -286,7 +238,7 @@ proptest! {
     ) {
         prop_assume!(bytes[..8] != [0, 0, 128, 0, 128, 0, 0, 0]);
         let mut target = live(Digests::default());
-        target.open(ConnectionId(3), NOW).expect("room");
+        target.open(ConnectionId(3), NOW, &mut Vec::new()).expect("room");
         prop_assert!(feed(&mut target, ConnectionId(3), &bytes, chunk_bytes));
         prop_assert!(answers(&mut target));
     }
@@ -300,7 +252,7 @@ proptest! {
         for mutation in mutations {
             mutate(&mut pdus, mutation);
         }
-        target.open(ConnectionId(3), NOW).expect("room");
+        target.open(ConnectionId(3), NOW, &mut Vec::new()).expect("room");
         feed_all(&mut target, ConnectionId(3), &pdus, chunk_bytes);
         prop_assert!(answers(&mut target));
     }
@@ -310,13 +262,13 @@ proptest! {
         digests in digests(), mutations in mutations(), chunk_bytes in 1usize..5000,
     ) {
         let mut target = target();
-        target.open(ConnectionId(1), NOW).expect("room");
+        target.open(ConnectionId(1), NOW, &mut Vec::new()).expect("room");
         feed_all(&mut target, ConnectionId(1), &admin_session(digests), 1 << 20);
         let mut pdus = io_session(1, digests);
         for mutation in mutations {
             mutate(&mut pdus, mutation);
         }
-        target.open(ConnectionId(2), NOW).expect("room");
+        target.open(ConnectionId(2), NOW, &mut Vec::new()).expect("room");
         feed_all(&mut target, ConnectionId(2), &pdus, chunk_bytes);
     }
 

@@ -7,11 +7,12 @@ use std::net::Ipv4Addr;
 use tercet_nvmf::command::{Data, Entry};
 use tercet_nvmf::fabrics::{ConnectData, ConnectEntry, capabilities};
 use tercet_nvmf::identify::{self, Controller};
-use tercet_nvmf::log::{self, AnaState, DiscoveryRecord};
+use tercet_nvmf::log::{self, AnaState, Counters, DiscoveryRecord, ErrorEntry};
 use tercet_nvmf::names::volume_nqn;
 use tercet_nvmf::pdu::{
     Common, Fatal, FatalStatus, IcReq, IcResp, PduType, Transfer, crc32c, termination,
 };
+use tercet_nvmf::status::Status;
 use tercet_proto::VolumeId;
 
 fn volume() -> VolumeId {
@@ -154,14 +155,19 @@ fn identify_controller() {
         (96, &[0x41]),                           // CTRATT: 128-bit host id, TBKAS
         (111, &[1]),                             // CNTRLTYPE: I/O
         (258, &[3, 3]),                          // ACL, AERL
-        (261, &[0b110]),                         // LPA: effects log, extended data
+        (260, &[0b11]),                          // FRMW: one slot, read only
+        (261, &[0b110, 15]),                     // LPA: effects log, extended data; ELPE
+        (266, &[0x57, 1, 0x61, 1]),              // WCTEMP 343 K, CCTEMP 353 K
         (320, &[1, 0]),                          // KAS: 100 ms
         (342, &[10, 0b0101_0101]),               // ANATT, ANACAP
         (344, &[1, 0, 0, 0, 1, 0, 0, 0]),        // ANAGRPMAX, NANAGRPID
         (512, &[0x66, 0x44, 128, 0]),            // SQES, CQES, MAXCMD
         (516, &[1, 0, 0, 0]),                    // NN
-        (520, &[0b1101, 0]),                     // ONCS: Compare, DSM, Write Zeroes
+        (520, &[0b1001_1101, 1]),                // ONCS: Compare, DSM, zeroes, Select, Verify, Copy
+        (522, &[1, 0]),                          // FUSES: Compare and Write
         (525, &[0b110]),                         // VWC: none
+        (526, &[255, 0, 255, 0]),                // AWUN, AWUPF: 256 blocks
+        (532, &[255, 0, 1, 0]),                  // ACWU, OCFS
         (536, &[1, 0, 0x10, 0]),                 // SGLS: supported, offset
         (540, &[1]),                             // MNAN
         (768, nqn.as_bytes()),                   // SUBNQN
@@ -178,8 +184,11 @@ fn identify_namespace() {
     let uuid = *volume().as_bytes();
     let fields: &[(usize, &[u8])] = &[
         (0, &[0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]), // NSZE, NCAP, NUSE
+        (24, &[0b10]),                                                // NSFEAT: NAWUN and so on
         (30, &[1]),                                                   // NMIC: shared
         (33, &[0b1001]),                                              // DLFEAT
+        (34, &[255, 0, 255, 0, 255, 0]),                              // NAWUN, NAWUPF, NACWU
+        (74, &[0, 1, 0, 1, 0, 0, 127]),                               // MSSRL, MCL, MSRC
         (92, &[1]),                                                   // ANAGRPID
         (104, &uuid),
         (130, &[12]),
@@ -191,8 +200,54 @@ fn identify_namespace() {
     assert_layout(&identify::descriptors(volume()), fields);
     assert_layout(&identify::namespace_list(0), &[(0, &[1])]);
     assert_layout(&identify::namespace_list(1), &[]);
-    assert_layout(&identify::command_set_controller(), &[(1, &[16])]);
+    assert_layout(&identify::command_set_controller(), &[(0, &[8, 16])]);
+    // Base 4.4: the number of identifiers 1:0, then they, in order.
+    let list = identify::controller_list(&[1, 3, 0x1002].into(), 2);
+    assert_layout(&list, &[(0, &[2, 0, 3, 0, 2, 0x10])]);
     assert_layout(&identify::independent_namespace(), &[(1, &[1]), (4, &[1]), (14, &[1])]);
+}
+
+#[test]
+fn error_and_health_logs() {
+    // Base 5.16.1.2: error count 7:0, SQID 9:8, CID 11:10, status 13:12 with its phase bit,
+    // parameter location 15:14, LBA 23:16, NSID 27:24, TRTYPE 29; the newest entry first.
+    let entry = |count| ErrorEntry {
+        count,
+        queue: 1,
+        command: 0x0203,
+        status: Status::LBA_RANGE,
+        lba: 0x1122_3344_5566,
+        nsid: 1,
+    };
+    let entries = [entry(9), entry(8)];
+    let data = log::errors(entries.iter());
+    assert_eq!(data.len(), 16 * 64);
+    let rest: &[u8] = &[
+        1, 0, 3, 2, 0x00, 0x81, 0xff, 0xff, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 0, 0, 1, 0, 0, 0,
+        0, 3,
+    ];
+    assert_layout(&data, &[(0, &[9]), (8, rest), (64, &[8]), (72, rest)]);
+    // Base 5.16.1.3.
+    let counters = Counters {
+        read_bytes: 512_000,
+        written_bytes: 512_001,
+        reads: 3,
+        writes: 4,
+        media_errors: 5,
+        errors: 6,
+    };
+    let fields: &[(usize, &[u8])] = &[
+        (0, &[0b10]),    // critical warning: temperature
+        (1, &[0x2a, 1]), // 298 K
+        (3, &[100, 10]), // spare, its threshold
+        (32, &[1]),      // data units read
+        (48, &[2]),      // data units written
+        (64, &[3]),      // read commands
+        (80, &[4]),      // write commands
+        (160, &[5]),     // media errors
+        (176, &[6]),     // error log entries
+    ];
+    assert_layout(&log::health(&counters, true), fields);
 }
 
 #[test]

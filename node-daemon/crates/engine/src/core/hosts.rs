@@ -55,6 +55,8 @@ pub(super) struct Hosts {
     held: Vec<StreamId>,
     commands: [u64; 3],
     bytes: [u64; 2],
+    /// Connections that ended with something other than NVMe/TCP, or nothing.
+    bad_connections: u64,
 }
 
 fn connection(stream: StreamId) -> ConnectionId {
@@ -78,6 +80,7 @@ impl Hosts {
             held: Vec::new(),
             commands: [0; 3],
             bytes: [0; 2],
+            bad_connections: 0,
         }
     }
 
@@ -102,13 +105,14 @@ impl Hosts {
         nqns
     }
 
-    pub(super) fn counters(&self) -> [(&'static str, u64); 5] {
+    pub(super) fn counters(&self) -> [(&'static str, u64); 6] {
         [
             ("host_read_commands_total", self.commands[0]),
             ("host_write_commands_total", self.commands[1]),
             ("host_other_commands_total", self.commands[2]),
             ("host_read_bytes_total", self.bytes[0]),
             ("host_write_bytes_total", self.bytes[1]),
+            ("host_bad_connections_total", self.bad_connections),
         ]
     }
 
@@ -118,7 +122,7 @@ impl Hosts {
                 self.commands[0] += 1;
                 self.bytes[0] += range.bytes() as u64;
             }
-            Command::Write(range, _) => {
+            Command::Write(range, _) | Command::CompareWrite(range, ..) => {
                 self.commands[1] += 1;
                 self.bytes[1] += range.bytes() as u64;
             }
@@ -173,6 +177,9 @@ fn host_command(command: Command) -> HostCommand {
         Command::Zero(range, discard) => HostCommand::Zero(range, discard),
         Command::Flush => HostCommand::Flush,
         Command::Compare(range, data) => HostCommand::Compare(range, data),
+        Command::CompareWrite(range, expected, data) => {
+            HostCommand::CompareWrite(range, expected, data)
+        }
     }
 }
 
@@ -195,10 +202,12 @@ impl Core {
             Ok(stream) => stream,
             Err(error) => return warn!(%error, "a host's connection is lost before it began"),
         };
-        if let Err(error) = self.hosts.target.open(connection(attached), now()) {
+        let id = connection(attached);
+        if let Err(error) = self.hosts.target.open(id, now(), &mut self.hosts.effects) {
             warn!(%error, "a host's connection is refused");
             self.reactor.close(attached);
         }
+        self.carry_out_hosts();
     }
 
     pub(super) fn host_received(&mut self, stream: StreamId, bytes: Bytes) {
@@ -265,11 +274,17 @@ impl Core {
             Effect::Close(id, last, reason) => {
                 let to = stream(id);
                 let from = self.reactor.peer_address(to);
-                match &reason {
-                    CloseReason::Malformed(_) | CloseReason::Handshake => {
-                        warn!(?from, %reason, "a host's connection is closed");
-                    }
-                    _ => debug!(?from, %reason, "a host's connection is closed"),
+                let is_bad = matches!(
+                    reason,
+                    CloseReason::Malformed(_) | CloseReason::Handshake | CloseReason::Crowded
+                );
+                self.hosts.bad_connections += u64::from(is_bad);
+                // A flood of them is no flood of the log.
+                if is_bad && self.hosts.bad_connections.is_power_of_two() {
+                    let count = self.hosts.bad_connections;
+                    warn!(?from, %reason, count, "a host's connection is closed");
+                } else {
+                    debug!(?from, %reason, "a host's connection is closed");
                 }
                 // A queue that is full keeps the host from its last words, not from its end.
                 let _ = self.reactor.send(to, last);

@@ -6,27 +6,29 @@ use tercet_proto::Instant;
 use super::api::{Ana, AssociationId, CloseReason, Effect};
 use super::connection::Request;
 use super::controller::{Event, Kind};
-use super::{Peer, Target};
-use crate::command::{Entry, FABRICS, admin, fctype, feature};
+use super::{Peer, Target, records_for, tell_send};
+use crate::NSID;
+use crate::command::{Entry, FABRICS, admin, fctype};
 use crate::fabrics::{PropertyEntry, property};
 use crate::identify::{self, Controller as ControllerFields, cns};
 use crate::log::{self, AnaState, page};
 use crate::names::{DISCOVERY_NQN, volume_nqn};
 use crate::status::Status;
-use crate::{IO_QUEUES_MAX, NSID};
 
 /// A command's outcome: data, or a result.
-enum Reply {
+pub(super) enum Reply {
     Data(Vec<u8>),
     Result(u64),
     /// Nothing now: an Asynchronous Event Request.
     Later,
 }
 
-type Outcome = Result<Reply, Status>;
+pub(super) type Outcome = Result<Reply, Status>;
 
 /// NSIDs from here on are reserved, but for the broadcast value (Base 3.2.1.2).
 const NSID_RESERVED: u32 = 0xffff_fffe;
+/// NSID that names all namespaces.
+pub(super) const NSID_ALL: u32 = 0xffff_ffff;
 
 impl Target {
     /// False when the connection ends.
@@ -50,7 +52,7 @@ impl Target {
         } else if entry.fused() != 0 {
             Err(Status::INVALID_FIELD)
         } else {
-            self.admin_command(association, request, now, effects)
+            self.admin_command(association, peer, request, now, effects)
         };
         match outcome {
             Ok(Reply::Data(mut data)) => {
@@ -118,6 +120,7 @@ impl Target {
     fn admin_command(
         &mut self,
         association: AssociationId,
+        peer: &mut Peer,
         request: &Request,
         now: Instant,
         effects: &mut Vec<Effect>,
@@ -141,10 +144,36 @@ impl Target {
                 if kept { Ok(Reply::Later) } else { Err(Status::AER_LIMIT) }
             }
             admin::KEEP_ALIVE => Ok(Reply::Result(0)),
-            // Best effort (Base 5.1): nothing is taken back, "not aborted".
-            admin::ABORT => Ok(Reply::Result(1)),
+            admin::ABORT => Ok(Reply::Result(self.abort(association, peer, entry, effects))),
             _ => Err(Status::INVALID_OPCODE),
         }
+    }
+
+    /// Abort (Base 5.1): SQID 10/15:0, CID 10/31:16. Best effort: what has not begun is taken back,
+    /// which are event requests and commands that wait for room; 1 says "not aborted".
+    fn abort(
+        &mut self,
+        association: AssociationId,
+        peer: &mut Peer,
+        entry: &Entry,
+        effects: &mut Vec<Effect>,
+    ) -> u64 {
+        let (queue, command) = (entry.dword(10) as u16, (entry.dword(10) >> 16) as u16);
+        let controller = self.controllers.get_mut(&association).expect("checked");
+        if queue == 0 {
+            let kept = controller.event_requests.len();
+            controller.event_requests.retain(|&request| request != command);
+            let is_aborted = controller.event_requests.len() != kept;
+            if is_aborted {
+                peer.connection.respond(command, Status::ABORT_REQUESTED, 0);
+            }
+            return u64::from(!is_aborted);
+        }
+        let Some(&id) = controller.queues.get(&queue) else { return 1 };
+        let Some(other) = self.peers.get_mut(&id) else { return 1 };
+        let is_aborted = other.connection.abort(command);
+        tell_send(id, other, effects);
+        u64::from(!is_aborted)
     }
 
     fn identify(&self, association: AssociationId, entry: &Entry) -> Result<Vec<u8>, Status> {
@@ -172,17 +201,24 @@ impl Target {
             NSID_RESERVED.. => Err(Status::INVALID_NAMESPACE),
             after => Ok(identify::namespace_list(after)),
         };
+        let controllers = || {
+            let all = self.controllers.values().filter(|other| other.kind == controller.kind);
+            let cntlids = all.map(|other| other.cntlid).collect();
+            identify::controller_list(&cntlids, (entry.dword(10) >> 16) as u16)
+        };
         match which {
+            cns::NAMESPACE_CONTROLLERS => namespace().map(|()| controllers()),
+            cns::CONTROLLERS => Ok(controllers()),
             cns::CONTROLLER => Ok(identify::controller(ControllerFields {
                 subsystem_nqn: &volume_nqn(volume),
                 volume: Some(volume),
                 cntlid: controller.cntlid,
             })),
-            cns::NAMESPACE => {
+            cns::NAMESPACE | cns::ALLOCATED_NAMESPACE => {
                 namespace()?;
                 Ok(identify::namespace(volume, self.subsystems[&volume].blocks))
             }
-            cns::NAMESPACE_LIST => list(),
+            cns::NAMESPACE_LIST | cns::ALLOCATED_NAMESPACE_LIST => list(),
             cns::COMMAND_SET_NAMESPACE_LIST => command_set().and_then(|()| list()),
             cns::DESCRIPTORS => namespace().map(|()| identify::descriptors(volume)),
             cns::COMMAND_SET_NAMESPACE => {
@@ -215,6 +251,10 @@ impl Target {
         let offset = u64::from(entry.dword(12)) | u64::from(entry.dword(13)) << 32;
         let which = entry.dword(10) as u8;
         let groups_only = entry.dword(10) & 1 << 8 != 0;
+        // SMART is the controller's alone (LPA bit 0).
+        if which == page::HEALTH && !matches!(entry.nsid(), 0 | NSID_ALL) {
+            return Err(Status::INVALID_FIELD);
+        }
         let mut data = self.read_log(association, which, groups_only)?;
         let offset = usize::try_from(offset)
             .ok()
@@ -247,16 +287,11 @@ impl Target {
         let controller = &self.controllers[&association];
         Ok(match (controller.kind, which) {
             (Kind::Discovery, page::DISCOVERY) => {
-                let records: Vec<_> = self
-                    .discovery
-                    .iter()
-                    .filter(|entry| entry.hosts.contains(&controller.host.nqn))
-                    .map(|entry| &entry.record)
-                    .collect();
+                let records: Vec<_> = records_for(&controller.host.nqn, &self.discovery).collect();
                 log::discovery(self.discovery_generation, &records)
             }
-            (_, page::ERRORS) => log::errors(),
-            (_, page::HEALTH) => log::health(&controller.counters),
+            (_, page::ERRORS) => log::errors(controller.errors.iter().rev()),
+            (_, page::HEALTH) => log::health(&controller.counters, controller.settings.is_warm()),
             (_, page::FIRMWARE) => log::firmware(),
             (Kind::Volume(_), page::CHANGED_NAMESPACES) => {
                 log::changed_namespaces(controller.namespace_changed)
@@ -274,81 +309,4 @@ impl Target {
             _ => return Err(Status::INVALID_LOG),
         })
     }
-
-    /// Set Features (Base 5.27): FID 10/7:0, SV 10/31.
-    fn set_feature(&mut self, association: AssociationId, entry: &Entry, now: Instant) -> Outcome {
-        const SAVE: u32 = 1 << 31;
-        let controller = self.controllers.get_mut(&association).expect("checked");
-        let value = entry.dword(11);
-        if entry.dword(10) & SAVE != 0 {
-            return Err(Status::NOT_SAVEABLE);
-        }
-        match (entry.dword(10) as u8, controller.kind) {
-            (feature::QUEUE_COUNT, Kind::Volume(_)) => {
-                if !controller.queues.is_empty() {
-                    return Err(Status::SEQUENCE_ERROR);
-                }
-                let (submission, completion) = (value & 0xffff, value >> 16);
-                if submission == 0xffff || completion == 0xffff {
-                    return Err(Status::INVALID_FIELD);
-                }
-                let asked = submission.min(completion) as u16 + 1;
-                controller.queue_count = asked.min(IO_QUEUES_MAX);
-                Ok(Reply::Result(queue_count_result(controller.queue_count)))
-            }
-            (feature::ASYNC_EVENTS, _) => {
-                if value & !controller.supported_events() & !0xff != 0 {
-                    return Err(Status::INVALID_FIELD);
-                }
-                controller.event_config = value & controller.supported_events();
-                Ok(Reply::Result(0))
-            }
-            (feature::KEEP_ALIVE, _) => {
-                controller.set_keep_alive(value);
-                controller.last_seen = now;
-                let expiry = controller.expiry();
-                if let Some(at) = expiry {
-                    self.wake_at(at);
-                }
-                Ok(Reply::Result(0))
-            }
-            // Connect has set it (Base 5.27.1.25).
-            (feature::HOST_ID, _) => Err(Status::SEQUENCE_ERROR),
-            _ => Err(Status::INVALID_FIELD),
-        }
-    }
-
-    /// Get Features (Base 5.15): FID 10/7:0, SEL 10/10:8 (3: supported capabilities).
-    fn get_feature(&self, association: AssociationId, entry: &Entry, room: u32) -> Outcome {
-        const CHANGEABLE: u64 = 1 << 2;
-        let controller = &self.controllers[&association];
-        let select = entry.dword(10) >> 8 & 7;
-        let which = entry.dword(10) as u8;
-        let value = match (which, controller.kind) {
-            (feature::QUEUE_COUNT, Kind::Volume(_)) => queue_count_result(controller.queue_count),
-            (feature::ASYNC_EVENTS, _) => u64::from(controller.event_config),
-            (feature::KEEP_ALIVE, _) => {
-                controller.keep_alive.map_or(0, |timeout| timeout.as_millis() as u64)
-            }
-            (feature::HOST_ID, _) if select == 3 => return Ok(Reply::Result(0)),
-            (feature::HOST_ID, _) => {
-                const EXTENDED: u32 = 1; // EXHID: Fabrics has 128 bits only
-                if entry.dword(11) & EXTENDED == 0 {
-                    return Err(Status::INVALID_FIELD);
-                }
-                if room < 16 {
-                    return Err(Status::SGL_LENGTH);
-                }
-                return Ok(Reply::Data(controller.host.id.to_vec()));
-            }
-            _ => return Err(Status::INVALID_FIELD),
-        };
-        Ok(Reply::Result(if select == 3 { CHANGEABLE } else { value }))
-    }
-}
-
-/// NSQA 15:0 and NCQA 31:16, 0's based.
-fn queue_count_result(count: u16) -> u64 {
-    let last = u64::from(count - 1);
-    last | last << 16
 }

@@ -38,6 +38,9 @@ pub enum Command {
     Flush,
     /// Compare blocks with these bytes.
     Compare(BlockRange, Bytes),
+    /// Compare blocks with the first bytes and, only if they are equal, write the second, with no
+    /// other change of them in between.
+    CompareWrite(BlockRange, Bytes, Bytes),
 }
 
 /// How a command ended well.
@@ -127,6 +130,9 @@ pub enum CloseReason {
     /// No queue was connected in time.
     #[error("no queue was connected within {}s", super::HANDSHAKE_TIMEOUT.as_secs())]
     Handshake,
+    /// Others that have no queue either came after it.
+    #[error("too many connections without a queue: newer ones came")]
+    Crowded,
     /// The Keep Alive timer expired.
     #[error("the host's keep-alive timer expired")]
     KeepAlive,

@@ -89,6 +89,9 @@ impl Target {
             self.connect_admin(id, peer, kind, (command, entry), data, now, effects)?;
         } else {
             let association = self.find_association(kind, &data)?;
+            if !self.has_room_for_queue(&data.host_nqn) {
+                return Err((Status::CONNECT_BUSY, 0));
+            }
             self.connect_io(id, peer, association, entry)?;
             let cntlid = self.controllers[&association].cntlid;
             peer.connection.respond(command, Status::SUCCESS, u64::from(cntlid));
@@ -110,6 +113,9 @@ impl Target {
         if data.cntlid != CNTLID_DYNAMIC {
             return Err(wrong(parameter::CNTLID)); // dynamic model only (FCATT)
         }
+        if !self.has_room_for_queue(&data.host_nqn) {
+            return Err((Status::CONNECT_BUSY, 0));
+        }
         let cntlid = self.draw_cntlid(kind).ok_or((Status::CONNECT_BUSY, 0))?;
         let association = AssociationId(self.next_association);
         self.next_association += 1;
@@ -117,6 +123,7 @@ impl Target {
         let mut controller = Controller::new(association, kind, cntlid, host.clone(), id, now);
         controller.connect = Some(connect);
         self.controllers.insert(association, controller);
+        self.is_unshared = true;
         peer.role = Role::Queue(association, 0);
         match kind {
             Kind::Volume(volume) => effects.push(Effect::HostConnect(volume, association, host)),
@@ -185,6 +192,7 @@ impl Target {
             return Err((Status::SEQUENCE_ERROR, 0));
         }
         controller.queues.insert(entry.queue, id);
+        self.is_unshared = true;
         peer.role = Role::Queue(association, entry.queue);
         peer.connection.set_queue(entry.last_entry + 1, !entry.no_flow_control, false);
         Ok(())

@@ -3,16 +3,20 @@
 //! Knows PDUs and the length of a command's data, not what a command does: whole requests come
 //! out, responses go in. Bounded: commands by the queue's entries, data by
 //! [`TRANSFER_BUDGET_BYTES`], output by [`OUTPUT_BYTES_MAX`] (the executor stops reading above
-//! it). Any byte sequence ends in requests or in a [`Fatal`].
+//! it). Any byte sequence ends in requests or in a [`Fatal`]. The two commands of a fused operation
+//! become one request: what ties them together is that one follows the other, which is known here
+//! alone (`pairs.rs`).
 
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Bytes, BytesMut};
 
 use super::api::CloseReason;
-use crate::command::{self, Completion, Data, Entry, admin, fctype, io};
+use super::pairs::{Next, Pair};
+use crate::command::{self, COPY_RANGES_MAX, Completion, Data, Entry, admin, fctype, io};
 use crate::fabrics::CONNECT_DATA_BYTES;
 use crate::frame::{Frame, Framer, Reader};
+use crate::log::ERRORS_MAX;
 use crate::outbox::Outbox;
 use crate::pdu::{
     COMMON_BYTES, Common, Digests, Fatal, FatalStatus, IcReq, IcResp, PduType, SHORT_BYTES,
@@ -23,7 +27,8 @@ use crate::{ADMIN_IN_CAPSULE_BYTES_MAX, BLOCK_BYTES, IN_CAPSULE_BYTES_MAX, TRANS
 
 /// MAXH2CDATA: whole transfers in one PDU, so that a payload is gathered once at most.
 pub const DATA_PDU_BYTES_MAX: usize = TRANSFER_BYTES_MAX;
-/// Data of commands under way on one connection; commands beyond it wait their turn.
+/// Data of commands under way on one connection, at most (`limits.rs`); commands beyond it wait
+/// their turn.
 pub const TRANSFER_BUDGET_BYTES: usize = 8 << 20;
 /// Output above which nothing is read and no waiting command started.
 pub const OUTPUT_BYTES_MAX: usize = 4 << 20;
@@ -38,23 +43,39 @@ pub(super) struct Request {
     pub data: Bytes,
     /// Bytes that the host has room for.
     pub room: u32,
+    /// The second command of a fused operation: its entry and data.
+    pub fused: Option<(Entry, Bytes)>,
+}
+
+/// A command that failed, for the Error Information log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    pub entry: Entry,
+    pub status: Status,
 }
 
 #[derive(Debug)]
-enum Stage {
-    /// Waits for budget.
-    Waiting(Entry, u32),
+pub(super) enum Stage {
+    /// Waits for budget: its data, and what of it came in the capsule.
+    Waiting(Data, Bytes),
     /// An R2T is out.
-    Receiving { entry: Entry, bytes: u32, received: u32, gathered: BytesMut, intact: bool },
+    Receiving { bytes: u32, received: u32, gathered: BytesMut, intact: bool },
+    /// Its data is there; it waits for the other command of its fused operation.
+    Arrived(Bytes),
     /// The request was handed out.
     Running,
 }
 
 #[derive(Debug)]
-struct Slot {
-    stage: Stage,
+pub(super) struct Slot {
+    pub entry: Entry,
+    pub stage: Stage,
+    /// What it is of a fused operation.
+    pub pair: Pair,
     /// What it takes of the budget.
     cost_bytes: usize,
+    /// Data in its capsule.
+    capsule_bytes: usize,
     /// Bytes that the host has room for.
     room: u32,
     /// Tells a reused identifier from its predecessor.
@@ -74,11 +95,19 @@ pub(super) struct Connection {
     flow_control: bool,
     head: u16,
     /// By command identifier.
-    slots: BTreeMap<u16, Slot>,
+    pub(super) slots: BTreeMap<u16, Slot>,
+    /// What the next command is to the one before it.
+    pub(super) next: Next,
     waiting: VecDeque<u16>,
     in_use_bytes: usize,
+    /// Data in capsules of commands under way.
+    capsule_bytes: usize,
+    /// What may be under way at a time; one command may exceed it.
+    budget_bytes: usize,
     generation: u32,
     pub requests: VecDeque<Request>,
+    /// The last commands that failed, until they are taken into the log.
+    pub failures: VecDeque<Failure>,
     is_admin: bool,
 }
 
@@ -94,10 +123,14 @@ impl Connection {
             flow_control: true,
             head: 0,
             slots: BTreeMap::new(),
+            next: Next::Any,
             waiting: VecDeque::new(),
             in_use_bytes: 0,
+            capsule_bytes: 0,
+            budget_bytes: TRANSFER_BUDGET_BYTES,
             generation: 0,
             requests: VecDeque::new(),
+            failures: VecDeque::new(),
             is_admin: true,
         }
     }
@@ -113,7 +146,22 @@ impl Connection {
 
     /// Whether the executor should read from the socket.
     pub fn wants_input(&self) -> bool {
-        self.outbox.queued_bytes() < OUTPUT_BYTES_MAX
+        self.outbox.queued_bytes() < OUTPUT_BYTES_MAX && self.capsule_bytes < self.budget_bytes
+    }
+
+    /// From the next command on, that much data may be under way.
+    pub fn set_budget(&mut self, bytes: usize) {
+        self.budget_bytes = bytes;
+    }
+
+    /// Commands that have not been answered.
+    pub fn commands(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Bytes of their data.
+    pub fn held_bytes(&self) -> usize {
+        self.in_use_bytes + self.capsule_bytes
     }
 
     /// See [`Framer::missing_bytes`].
@@ -205,25 +253,39 @@ impl Connection {
             return Err(Fatal::plain(FatalStatus::Sequence));
         }
         self.generation = self.generation.wrapping_add(1);
-        let generation = self.generation;
-        let slot = Slot { stage: Stage::Running, cost_bytes: 0, room: 0, generation };
+        let slot = Slot {
+            entry,
+            stage: Stage::Running,
+            pair: Pair::Alone,
+            cost_bytes: 0,
+            capsule_bytes: frame.data.len(),
+            room: 0,
+            generation: self.generation,
+        };
+        self.capsule_bytes += slot.capsule_bytes;
         self.slots.insert(id, slot);
-        if !frame.data_intact {
-            self.respond(id, Status::TRANSIENT_TRANSPORT, 0);
-            return Ok(());
-        }
-        match self.admit(&entry, frame.data.len()) {
-            Ok(Data::InCapsule(_)) => {
-                self.hand_out(entry, frame.data.clone(), 0);
+        // Of the admin queue's commands none can be fused; they are told so when they run.
+        let paired = if self.is_admin { Ok(()) } else { self.pair(id) };
+        let admitted = paired.and_then(|()| {
+            if !frame.data_intact {
+                return Err(Status::TRANSIENT_TRANSPORT);
             }
-            Ok(Data::None) => self.hand_out(entry, Bytes::new(), 0),
-            Ok(Data::Transport(bytes)) => {
-                let slot = self.slots.get_mut(&id).expect("just inserted");
-                slot.stage = Stage::Waiting(entry, bytes);
-                self.waiting.push_back(id);
-                self.start_waiting();
+            self.admit(&entry, frame.data.len())
+        });
+        let data = match admitted {
+            Ok(data) => data,
+            Err(status) => {
+                self.respond(id, status, 0);
+                return Ok(());
             }
-            Err(status) => self.respond(id, status, 0),
+        };
+        let slot = self.slots.get_mut(&id).expect("just inserted");
+        slot.stage = Stage::Waiting(data, frame.data.clone());
+        if slot.claim_bytes(self.is_admin) == 0 {
+            self.hand_out(id, frame.data.clone(), 0);
+        } else {
+            self.waiting.push_back(id);
+            self.start_waiting();
         }
         Ok(())
     }
@@ -247,46 +309,67 @@ impl Connection {
     pub fn start_waiting(&mut self) {
         while let Some(&id) = self.waiting.front() {
             let slot = self.slots.get_mut(&id).expect("waiting commands have slots");
-            let Stage::Waiting(entry, bytes) = slot.stage else {
+            let cost_bytes = slot.claim_bytes(self.is_admin);
+            let Stage::Waiting(data, capsule) = &slot.stage else {
                 unreachable!("queued as waiting")
             };
-            let cost_bytes = bytes as usize;
-            let fits = self.in_use_bytes + cost_bytes <= TRANSFER_BUDGET_BYTES;
+            let (data, capsule) = (*data, capsule.clone());
+            let fits =
+                self.in_use_bytes == 0 || self.in_use_bytes + cost_bytes <= self.budget_bytes;
             if !fits || self.outbox.queued_bytes() >= OUTPUT_BYTES_MAX {
                 return;
             }
             self.waiting.pop_front();
             self.in_use_bytes += cost_bytes;
             slot.cost_bytes = cost_bytes;
-            if host_bytes(&entry, self.is_admin).is_some() {
-                slot.stage = Stage::Receiving {
-                    entry,
-                    bytes,
-                    received: 0,
-                    gathered: BytesMut::new(),
-                    intact: true,
-                };
-                // TTAG = CID: one R2T for each command, and identifiers are unique here.
-                let transfer = Transfer { command_id: id, tag: id, offset: 0, bytes };
-                self.put_short(PduType::R2T, |out| transfer.put(out));
-            } else {
-                self.hand_out(entry, Bytes::new(), bytes);
+            match data {
+                Data::Transport(bytes) if host_bytes(&slot.entry, self.is_admin).is_some() => {
+                    let gathered = BytesMut::new();
+                    slot.stage = Stage::Receiving { bytes, received: 0, gathered, intact: true };
+                    // TTAG = CID: one R2T for each command, and identifiers are unique here.
+                    let transfer = Transfer { command_id: id, tag: id, offset: 0, bytes };
+                    self.put_short(PduType::R2T, |out| transfer.put(out));
+                }
+                Data::Transport(bytes) => self.hand_out(id, Bytes::new(), bytes),
+                Data::InCapsule(_) | Data::None => self.hand_out(id, capsule, 0),
             }
         }
     }
 
-    fn hand_out(&mut self, entry: Entry, data: Bytes, room: u32) {
-        let slot = self.slots.get_mut(&entry.id()).expect("a command has its slot");
-        slot.stage = Stage::Running;
-        slot.room = room;
-        self.requests.push_back(Request { entry, data, room });
+    /// A command's data is there: it is handed out, or waits for the other half of its operation.
+    fn hand_out(&mut self, id: u16, data: Bytes, room: u32) {
+        let slot = self.slots.get_mut(&id).expect("a command has its slot");
+        match slot.pair {
+            Pair::Alone => {
+                slot.stage = Stage::Running;
+                slot.room = room;
+                let entry = slot.entry;
+                self.requests.push_back(Request { entry, data, room, fused: None });
+            }
+            Pair::Doomed(status) => self.respond(id, status, 0),
+            Pair::First(_) | Pair::Second(_) => {
+                slot.stage = Stage::Arrived(data);
+                self.join(id);
+            }
+        }
+    }
+
+    /// Takes back a command that waits for its turn; others run (Base 5.1: best effort).
+    pub fn abort(&mut self, id: u16) -> bool {
+        let Some(slot) = self.slots.get(&id) else { return false };
+        let waits = matches!(slot.stage, Stage::Waiting(..)) && slot.pair == Pair::Alone;
+        if waits {
+            self.waiting.retain(|&waiting| waiting != id);
+            self.respond(id, Status::ABORT_REQUESTED, 0);
+        }
+        waits
     }
 
     /// H2CData (TCP 3.6.2.7): in order, within the R2T, LAST with its last byte.
     fn take_data(&mut self, frame: &Frame) -> Result<(), Fatal> {
         let transfer = Transfer::parse(frame.header());
         let slot = self.slots.get_mut(&transfer.tag).ok_or(Fatal::header(10))?;
-        let Stage::Receiving { entry, bytes, received, gathered, intact } = &mut slot.stage else {
+        let Stage::Receiving { bytes, received, gathered, intact } = &mut slot.stage else {
             return Err(Fatal::header(10));
         };
         if transfer.command_id != transfer.tag {
@@ -312,12 +395,12 @@ impl Connection {
         if !is_last {
             return Ok(());
         }
-        let (entry, intact) = (*entry, *intact);
+        let intact = *intact;
         let data = if is_whole { frame.data.clone() } else { std::mem::take(gathered).freeze() };
         if intact {
-            self.hand_out(entry, data, 0);
+            self.hand_out(transfer.command_id, data, 0);
         } else {
-            self.respond(entry.id(), Status::TRANSIENT_TRANSPORT, 0);
+            self.respond(transfer.command_id, Status::TRANSIENT_TRANSPORT, 0);
         }
         Ok(())
     }
@@ -338,19 +421,36 @@ impl Connection {
 
     /// Answers a command; its identifier is free afterwards.
     pub fn respond(&mut self, id: u16, status: Status, result: u64) {
-        self.free(id);
+        let slot = self.free(id);
+        if !status.is_success() {
+            self.remember(&slot, status);
+        }
         let queue_head = if self.flow_control { self.head } else { 0xffff };
         let completion = Completion { result, queue_head, id, status };
         self.put_short(PduType::CapsuleResp, |out| {
             completion.put(&mut out[COMMON_BYTES..]);
         });
+        self.unpair(id, slot.pair);
         self.start_waiting();
     }
 
-    fn free(&mut self, id: u16) {
+    /// Path errors are no errors of a command, and would push those out.
+    fn remember(&mut self, slot: &Slot, status: Status) {
+        if status.is_path_error() {
+            return;
+        }
+        if self.failures.len() >= ERRORS_MAX {
+            self.failures.pop_front();
+        }
+        self.failures.push_back(Failure { entry: slot.entry, status });
+    }
+
+    fn free(&mut self, id: u16) -> Slot {
         let slot = self.slots.remove(&id).expect("only commands under way are answered");
         self.in_use_bytes -= slot.cost_bytes;
+        self.capsule_bytes -= slot.capsule_bytes;
         self.head = (self.head + 1) % self.entries.max(1);
+        slot
     }
 
     /// Answers a command with data. One C2HData PDU; the completion travels as its SUCCESS flag
@@ -402,6 +502,25 @@ impl Connection {
     }
 }
 
+impl Slot {
+    /// What a command that waits will take of the budget: its transfer, and what it reads here
+    /// without a transfer.
+    fn claim_bytes(&self, is_admin: bool) -> usize {
+        let Stage::Waiting(data, _) = &self.stage else { unreachable!("it waits") };
+        let transfer_bytes = match data {
+            Data::Transport(bytes) => *bytes as usize,
+            Data::InCapsule(_) | Data::None => 0,
+        };
+        let inside_bytes = match self.entry.opcode() {
+            _ if is_admin => 0,
+            io::VERIFY => (self.entry.block_count() as usize * BLOCK_BYTES).min(TRANSFER_BYTES_MAX),
+            io::COPY => TRANSFER_BYTES_MAX,
+            _ => 0,
+        };
+        transfer_bytes + inside_bytes
+    }
+}
+
 /// Least and most bytes that a command takes from the host; `None` when it takes none.
 fn host_bytes(entry: &Entry, is_admin: bool) -> Option<(usize, usize)> {
     if entry.opcode() == command::FABRICS {
@@ -417,6 +536,12 @@ fn host_bytes(entry: &Entry, is_admin: bool) -> Option<(usize, usize)> {
         io::WRITE | io::COMPARE => {
             let bytes = entry.block_count() as usize * BLOCK_BYTES;
             Some((bytes, bytes))
+        }
+        io::COPY => {
+            let least = (entry.dword(12) as usize & 0xff) + 1;
+            let range = command::COPY_RANGE_BYTES;
+            // More ranges than there may be are answered as that, once they are here.
+            Some((least * range, COPY_RANGES_MAX.max(least) * range))
         }
         // Linux always sends room for 256 ranges, whatever NR says.
         io::DATASET_MANAGEMENT => {

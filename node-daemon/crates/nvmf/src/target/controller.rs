@@ -6,10 +6,16 @@ use std::time::Duration;
 use tercet_proto::{Instant, VolumeId};
 
 use super::api::{AssociationId, ConnectionId, HostIdentity};
+use super::connection::Failure;
+use super::features::Settings;
 use crate::fabrics::{self, ConnectEntry, configuration, controller_status, property};
 use crate::identify::{ASYNC_EVENTS_MAX, notice};
-use crate::log::{Counters, page};
+use crate::log::{Counters, ERRORS_MAX, ErrorEntry, page};
+use crate::status::Status;
 use crate::{IO_QUEUES_MAX, QUEUE_ENTRIES_MAX};
+
+/// How long a discovery controller without Keep Alive stands with no command (Base 3.1.2.3).
+const DISCOVERY_IDLE_MAX: Duration = Duration::from_mins(2);
 
 /// What a controller is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,17 +27,19 @@ pub(super) enum Kind {
 /// An asynchronous event (Base 5.2): which notice, what the completion says, which log clears it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
+    Temperature,
     Namespace,
     Ana,
     Discovery,
 }
 
 impl Event {
-    pub const ALL: [Self; 3] = [Self::Namespace, Self::Ana, Self::Discovery];
+    pub const ALL: [Self; 4] = [Self::Temperature, Self::Namespace, Self::Ana, Self::Discovery];
 
     /// Its bit in the Asynchronous Event Configuration.
     pub fn bit(self) -> u32 {
         match self {
+            Self::Temperature => notice::TEMPERATURE,
             Self::Namespace => notice::NAMESPACE,
             Self::Ana => notice::ANA,
             Self::Discovery => notice::DISCOVERY,
@@ -41,21 +49,24 @@ impl Event {
     /// The log page that has the news.
     pub fn page(self) -> u8 {
         match self {
+            Self::Temperature => page::HEALTH,
             Self::Namespace => page::CHANGED_NAMESPACES,
             Self::Ana => page::ANA,
             Self::Discovery => page::DISCOVERY,
         }
     }
 
-    /// Completion dword 0: type 2:0 = notice, information 15:8, log page 23:16.
+    /// Completion dword 0: type 2:0 (SMART / health, or notice), information 15:8, log page 23:16.
     pub fn result(self) -> u64 {
+        const HEALTH: u64 = 1;
         const NOTICE: u64 = 2;
-        let information: u64 = match self {
-            Self::Namespace => 0x00,
-            Self::Ana => 0x03,
-            Self::Discovery => 0xf0,
+        let (kind, information): (u64, u64) = match self {
+            Self::Temperature => (HEALTH, 0x01),
+            Self::Namespace => (NOTICE, 0x00),
+            Self::Ana => (NOTICE, 0x03),
+            Self::Discovery => (NOTICE, 0xf0),
         };
-        NOTICE | information << 8 | u64::from(self.page()) << 16
+        kind | information << 8 | u64::from(self.page()) << 16
     }
 }
 
@@ -86,6 +97,9 @@ pub(super) struct Controller {
     masked: u32,
     pub namespace_changed: bool,
     pub counters: Counters,
+    /// The Error Information log, the newest last.
+    pub errors: VecDeque<ErrorEntry>,
+    pub settings: Settings,
 }
 
 impl Controller {
@@ -97,11 +111,7 @@ impl Controller {
         admin: ConnectionId,
         now: Instant,
     ) -> Self {
-        let event_config = match kind {
-            Kind::Volume(_) => notice::NAMESPACE | notice::ANA,
-            Kind::Discovery => notice::DISCOVERY,
-        };
-        Self {
+        let mut controller = Self {
             association,
             kind,
             cntlid,
@@ -115,19 +125,28 @@ impl Controller {
             queue_count: IO_QUEUES_MAX,
             keep_alive: None,
             last_seen: now,
-            event_config,
+            event_config: 0,
             event_requests: VecDeque::new(),
             pending: 0,
             masked: 0,
             namespace_changed: false,
             counters: Counters::default(),
-        }
+            errors: VecDeque::new(),
+            settings: Settings::default(),
+        };
+        controller.event_config = controller.default_events();
+        controller
+    }
+
+    /// Notices that a host is told unless it says otherwise.
+    pub fn default_events(&self) -> u32 {
+        self.supported_events() & !notice::TEMPERATURE
     }
 
     /// Which events this kind of controller has.
     pub fn supported_events(&self) -> u32 {
         match self.kind {
-            Kind::Volume(_) => notice::NAMESPACE | notice::ANA,
+            Kind::Volume(_) => notice::TEMPERATURE | notice::NAMESPACE | notice::ANA,
             Kind::Discovery => notice::DISCOVERY,
         }
     }
@@ -139,7 +158,9 @@ impl Controller {
 
     /// When the association ends unless the host is heard of (Base 3.9; traffic counts, TBKAS).
     pub fn expiry(&self) -> Option<Instant> {
-        self.keep_alive.map(|timeout| self.last_seen + timeout)
+        // A discovery controller without a timer ends when it has not been asked for long.
+        let idle = (self.kind == Kind::Discovery).then_some(DISCOVERY_IDLE_MAX);
+        self.keep_alive.or(idle).map(|timeout| self.last_seen + timeout)
     }
 
     /// Enabled, and not shut down.
@@ -188,6 +209,27 @@ impl Controller {
         }
         self.configuration = value;
         is_enabled || !was_enabled
+    }
+
+    /// Commands failed on a queue: they are entries of the Error Information log.
+    pub fn log_failures(&mut self, queue: u16, failures: impl Iterator<Item = Failure>) {
+        for Failure { entry, status } in failures {
+            self.counters.errors += 1;
+            if status.same(Status::UNRECOVERED_READ) {
+                self.counters.media_errors += 1;
+            }
+            if self.errors.len() >= ERRORS_MAX {
+                self.errors.pop_front();
+            }
+            self.errors.push_back(ErrorEntry {
+                count: self.counters.errors,
+                queue,
+                command: entry.id(),
+                status,
+                lba: if queue == 0 { 0 } else { entry.start_lba() },
+                nsid: entry.nsid(),
+            });
+        }
     }
 
     /// Something happened that the host may want to hear of.

@@ -3,25 +3,31 @@
 use bytes::Bytes;
 use tercet_proto::{BlockRange, Instant, Token, VolumeId};
 
+use super::admin::NSID_ALL;
 use super::api::{Ana, AssociationId, Command, CommandError, Done, Effect};
 use super::connection::Request;
 use super::controller::Kind;
+use super::copy::Copy;
 use super::{Peer, Role, Target};
 use crate::command::{
     DSM_DEALLOCATE, DSM_RANGE_BYTES, Entry, FABRICS, WRITE_ZEROES_DEALLOCATE, fctype, io,
 };
 use crate::le::{u16_at, u32_at, u64_at};
 use crate::status::Status;
-use crate::{BLOCK_BYTES, NSID};
+use crate::{BLOCK_BYTES, NSID, TRANSFER_BYTES_MAX};
 
-/// NSID that names all namespaces.
-const NSID_ALL: u32 = 0xffff_ffff;
-
-/// Ranges of a Dataset Management command that have still to be zeroed, last first: one at a
-/// time, so that a command counts as one towards what replication queues.
+/// What a command is besides what the executor was given of it. One part at a time, so that a
+/// command counts as one towards what replication queues.
 #[derive(Debug)]
-pub(super) struct Train {
-    ranges: Vec<BlockRange>,
+pub(super) enum Work {
+    /// Dataset Management: ranges that have still to be zeroed, last first.
+    Zero(Vec<BlockRange>),
+    /// A read whose bytes stay here.
+    Verify,
+    /// Reads, then one write.
+    Copy(Copy),
+    /// A fused compare-and-write, answered for this second command as well.
+    Fused(u16),
 }
 
 /// A command's token: queue 63:48, identifier 47:32, generation 31:0. Unique in its association
@@ -38,8 +44,8 @@ pub(super) fn split_token(token: Token) -> (u16, u16, u32) {
 enum Step {
     /// Give it to the executor.
     Run(Command),
-    /// Give these, one after the other.
-    RunTrain(Train),
+    /// Give it to the executor; more is to be done when it has answered.
+    Begin(Command, Work),
     /// Answer it: there is nothing to do.
     Nothing,
 }
@@ -65,22 +71,24 @@ impl Target {
         let volume = match controller.kind {
             Kind::Volume(volume) if controller.is_ready() => volume,
             _ => {
-                peer.connection.respond(id, Status::SEQUENCE_ERROR, 0);
+                let status = Status::SEQUENCE_ERROR;
+                fail(peer, id, request.fused.as_ref(), status);
                 return true;
             }
         };
+        let fused = request.fused.clone();
         match self.check(volume, request) {
             Ok(Step::Run(command)) => {
                 self.count(association, &command);
                 run(association, peer, id, command, effects);
             }
-            Ok(Step::RunTrain(mut train)) => {
-                let range = train.ranges.pop().expect("a train is not empty");
-                peer.trains.insert(id, train);
-                run(association, peer, id, Command::Zero(range, true), effects);
+            Ok(Step::Begin(command, work)) => {
+                self.count(association, &command);
+                peer.work.insert(id, work);
+                run(association, peer, id, command, effects);
             }
             Ok(Step::Nothing) => peer.connection.respond(id, Status::SUCCESS, 0),
-            Err(status) => peer.connection.respond(id, status, 0),
+            Err(status) => fail(peer, id, fused.as_ref(), status),
         }
         true
     }
@@ -108,9 +116,6 @@ impl Target {
     /// Everything that can be said of a command without the volume's state.
     fn check(&self, volume: VolumeId, request: Request) -> Result<Step, Status> {
         let entry = &request.entry;
-        if entry.fused() != 0 {
-            return Err(Status::INVALID_FIELD);
-        }
         let is_known = matches!(
             entry.opcode(),
             io::FLUSH
@@ -119,6 +124,8 @@ impl Target {
                 | io::COMPARE
                 | io::WRITE_ZEROES
                 | io::DATASET_MANAGEMENT
+                | io::VERIFY
+                | io::COPY
         );
         if !is_known {
             return Err(Status::INVALID_OPCODE);
@@ -134,7 +141,10 @@ impl Target {
             Ana::Inaccessible => return Err(Status::ANA_INACCESSIBLE),
             Ana::Change => return Err(Status::ANA_TRANSITION),
         }
-        step(entry, request.data, request.room, subsystem.blocks)
+        match request.fused {
+            Some(second) => fused(entry, request.data, second, subsystem.blocks),
+            None => step(entry, request.data, request.room, subsystem.blocks),
+        }
     }
 
     fn count(&mut self, association: AssociationId, command: &Command) {
@@ -148,8 +158,22 @@ impl Target {
                 counters.writes += 1;
                 counters.written_bytes += range.bytes() as u64;
             }
+            Command::CompareWrite(range, ..) => {
+                counters.reads += 1;
+                counters.read_bytes += range.bytes() as u64;
+                counters.writes += 1;
+                counters.written_bytes += range.bytes() as u64;
+            }
             Command::Zero(..) | Command::Flush => {}
         }
+    }
+}
+
+/// Answers a command, and the second of its fused operation, that cannot be done.
+fn fail(peer: &mut Peer, id: u16, fused: Option<&(Entry, Bytes)>, status: Status) {
+    peer.connection.respond(id, status, 0);
+    if let Some((second, _)) = fused {
+        peer.connection.respond(second.id(), status, 0);
     }
 }
 
@@ -162,28 +186,55 @@ pub(super) fn finish_command(
     effects: &mut Vec<Effect>,
 ) {
     let (_, id, _) = split_token(token);
-    let status = match result {
-        Ok(Done::Data(pieces)) => {
-            peer.connection.respond_data(id, pieces);
-            return;
-        }
-        Ok(Done::Ok) => {
-            let next = peer.trains.get_mut(&id).and_then(|train| train.ranges.pop());
-            if let Some(range) = next {
-                run(association, peer, id, Command::Zero(range, true), effects);
-                return;
+    let status = match (peer.work.remove(&id), result) {
+        (Some(Work::Fused(second)), result) => return finish_fused(peer, id, second, &result),
+        (Some(Work::Zero(mut ranges)), Ok(_)) => match ranges.pop() {
+            Some(range) => {
+                peer.work.insert(id, Work::Zero(ranges));
+                return run(association, peer, id, Command::Zero(range, true), effects);
             }
-            Status::SUCCESS
-        }
-        Ok(Done::Differs(_)) => Status::COMPARE_FAILURE,
-        Err(CommandError::Inaccessible) => Status::ANA_INACCESSIBLE,
-        Err(CommandError::OutOfRange) => Status::LBA_RANGE,
-        Err(CommandError::ReadOnly) => Status::WRITE_PROTECTED,
-        Err(CommandError::NoSpace) => Status::CAPACITY,
-        Err(CommandError::Media) => Status::UNRECOVERED_READ,
+            None => Status::SUCCESS,
+        },
+        (Some(Work::Copy(mut copy)), Ok(done)) => match copy.next(done) {
+            Some(command) => {
+                peer.work.insert(id, Work::Copy(copy));
+                return run(association, peer, id, command, effects);
+            }
+            None => Status::SUCCESS,
+        },
+        (Some(Work::Verify), Ok(_)) | (None, Ok(Done::Ok)) => Status::SUCCESS,
+        (None, Ok(Done::Data(pieces))) => return peer.connection.respond_data(id, pieces),
+        (None, Ok(Done::Differs(_))) => Status::COMPARE_FAILURE,
+        (_, Err(error)) => error_status(error),
     };
-    peer.trains.remove(&id);
     peer.connection.respond(id, status, 0);
+}
+
+fn error_status(error: CommandError) -> Status {
+    match error {
+        CommandError::Inaccessible => Status::ANA_INACCESSIBLE,
+        CommandError::OutOfRange => Status::LBA_RANGE,
+        CommandError::ReadOnly => Status::WRITE_PROTECTED,
+        CommandError::NoSpace => Status::CAPACITY,
+        CommandError::Media => Status::UNRECOVERED_READ,
+    }
+}
+
+/// Answers both commands of a fused compare-and-write (Base 3.4.2): whose fault it is gets the
+/// status, the other one that it failed with it.
+fn finish_fused(peer: &mut Peer, first: u16, second: u16, result: &Result<Done, CommandError>) {
+    let (of_first, of_second) = match *result {
+        Ok(Done::Differs(_)) => (Status::COMPARE_FAILURE, Status::FAILED_FUSED),
+        Ok(_) => (Status::SUCCESS, Status::SUCCESS),
+        Err(error @ (CommandError::ReadOnly | CommandError::NoSpace)) => {
+            (Status::FAILED_FUSED, error_status(error))
+        }
+        Err(error @ CommandError::Media) => (error_status(error), Status::FAILED_FUSED),
+        // Both are to be tried elsewhere, or are as wrong as each other.
+        Err(error) => (error_status(error), error_status(error)),
+    };
+    peer.connection.respond(first, of_first, 0);
+    peer.connection.respond(second, of_second, 0);
 }
 
 fn run(
@@ -219,14 +270,42 @@ fn step(entry: &Entry, data: Bytes, room: u32, blocks: u64) -> Result<Step, Stat
             Step::Run(Command::Zero(range()?, deallocate))
         }
         io::DATASET_MANAGEMENT => {
-            let ranges = dataset_ranges(entry, &data, blocks)?;
-            if ranges.is_empty() { Step::Nothing } else { Step::RunTrain(Train { ranges }) }
+            let mut ranges = dataset_ranges(entry, &data, blocks)?;
+            match ranges.pop() {
+                None => Step::Nothing,
+                Some(range) => Step::Begin(Command::Zero(range, true), Work::Zero(ranges)),
+            }
+        }
+        io::VERIFY => {
+            let range = range()?;
+            if range.bytes() > TRANSFER_BYTES_MAX {
+                return Err(Status::INVALID_FIELD); // VSL, NVM 3.2.7
+            }
+            Step::Begin(Command::Read(range), Work::Verify)
+        }
+        io::COPY => {
+            let (copy, first) = Copy::parse(entry, &data, blocks)?;
+            Step::Begin(first, Work::Copy(copy))
         }
         _ => unreachable!("checked"),
     })
 }
 
-fn within(range: BlockRange, blocks: u64) -> Result<BlockRange, Status> {
+/// Compare and Write of the same blocks are the one fused operation that there is (NVM 2.1.6).
+fn fused(entry: &Entry, data: Bytes, second: (Entry, Bytes), blocks: u64) -> Result<Step, Status> {
+    let (second, payload) = second;
+    let same = entry.nsid() == second.nsid()
+        && entry.start_lba() == second.start_lba()
+        && entry.block_count() == second.block_count();
+    if (entry.opcode(), second.opcode()) != (io::COMPARE, io::WRITE) || !same {
+        return Err(Status::INVALID_FIELD);
+    }
+    let range =
+        within(BlockRange { start: entry.start_lba(), count: entry.block_count() }, blocks)?;
+    Ok(Step::Begin(Command::CompareWrite(range, data, payload), Work::Fused(second.id())))
+}
+
+pub(super) fn within(range: BlockRange, blocks: u64) -> Result<BlockRange, Status> {
     let end = range.start.checked_add(u64::from(range.count));
     if end.is_some_and(|end| end <= blocks) { Ok(range) } else { Err(Status::LBA_RANGE) }
 }

@@ -13,7 +13,11 @@ mod api;
 mod connect;
 mod connection;
 mod controller;
+mod copy;
+mod features;
 mod io;
+mod limits;
+mod pairs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -26,6 +30,7 @@ pub use api::{
     Effect, HostIdentity, Refusal,
 };
 pub use connection::{DATA_PDU_BYTES_MAX, OUTPUT_BYTES_MAX, TRANSFER_BUDGET_BYTES};
+pub use limits::{HOST_TRANSFER_BYTES_MAX, TARGET_TRANSFER_BYTES_MAX, Usage};
 
 use crate::log::DiscoveryRecord;
 use crate::status::Status;
@@ -36,6 +41,10 @@ use controller::{Controller, Event, Kind};
 pub const ADMIN_QUEUE_ENTRIES_MAX: u16 = 128;
 /// Connections of one target.
 pub const CONNECTIONS_MAX: usize = 1024;
+/// Connections without a queue: beyond them the one that has been without longest gives way.
+pub const HANDSHAKES_MAX: usize = 256;
+/// Queues of one host, by its NQN, admin queues included.
+pub const HOST_QUEUES_MAX: usize = 512;
 /// Records of the discovery log.
 pub const DISCOVERY_RECORDS_MAX: usize = 3072;
 /// A connection that has no queue after this long is closed.
@@ -70,8 +79,8 @@ struct Peer {
     /// Connect while the executor is asked where the volume is.
     connect: Option<Request>,
     told_send: bool,
-    /// Commands that go on as several (Dataset Management).
-    trains: BTreeMap<u16, io::Train>,
+    /// Commands that are more than one of the executor's, or answered differently.
+    work: BTreeMap<u16, io::Work>,
 }
 
 /// A connection on its way from one target to another, with its Connect.
@@ -94,6 +103,8 @@ pub struct Target {
     discovery_generation: u64,
     discovery_cntlid: u16,
     deadline: Option<Instant>,
+    /// Queues came or went: what each may have under way has to be shared out again.
+    is_unshared: bool,
 }
 
 /// A discovery record and who may see it.
@@ -134,15 +145,23 @@ impl Target {
         }
     }
 
-    /// What the discovery subsystem tells. A change is told to discovery hosts that asked.
+    /// What the discovery subsystem tells. A change is told to the discovery hosts whose log it is
+    /// in.
     pub fn set_discovery(&mut self, mut entries: Vec<DiscoveryEntry>, effects: &mut Vec<Effect>) {
         entries.truncate(DISCOVERY_RECORDS_MAX);
         if entries == self.discovery {
             return;
         }
-        self.discovery = entries;
+        let before = std::mem::replace(&mut self.discovery, entries);
         self.discovery_generation += 1;
-        self.raise(Kind::Discovery, Event::Discovery, effects);
+        for association in self.associations(Kind::Discovery) {
+            let controller = self.controllers.get_mut(&association).expect("listed");
+            let host = controller.host.nqn.as_str();
+            if !records_for(host, &before).eq(records_for(host, &self.discovery)) {
+                controller.raise(Event::Discovery);
+                self.tell_events(association, effects);
+            }
+        }
     }
 
     /// This member's path to a volume is in that state now (rule H1).
@@ -202,7 +221,13 @@ impl Target {
     }
 
     /// A connection was accepted.
-    pub fn open(&mut self, id: ConnectionId, now: Instant) -> Result<(), TooManyConnections> {
+    pub fn open(
+        &mut self,
+        id: ConnectionId,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), TooManyConnections> {
+        self.give_way(effects);
         if self.peers.len() >= CONNECTIONS_MAX {
             return Err(TooManyConnections);
         }
@@ -213,7 +238,7 @@ impl Target {
             role: Role::New(until),
             connect: None,
             told_send: false,
-            trains: BTreeMap::new(),
+            work: BTreeMap::new(),
         };
         assert!(self.peers.insert(id, Box::new(peer)).is_none(), "{id:?} is open");
         Ok(())
@@ -275,12 +300,18 @@ impl Target {
                 return;
             }
         }
+        if let Role::Queue(association, queue) = peer.role
+            && let Some(controller) = self.controllers.get_mut(&association)
+        {
+            controller.log_failures(queue, peer.connection.failures.drain(..));
+        }
         let association = match peer.role {
             Role::Queue(association, 0) => Some(association),
             _ => None,
         };
         tell_send(id, &mut peer, effects);
         self.peers.insert(id, peer);
+        self.share_budgets();
         if let Some(association) = association {
             self.tell_events(association, effects);
         }
@@ -342,6 +373,7 @@ impl Target {
         let Some(controller) = self.controllers.get(&association) else {
             return;
         };
+        self.is_unshared = true;
         if controller.queues.get(&queue) == Some(&id) {
             let mut controller = self.controllers.remove(&association).expect("looked up");
             self.close_queues(&mut controller, reason, effects);
@@ -363,6 +395,7 @@ impl Target {
         let Some(mut controller) = self.controllers.remove(&association) else {
             return;
         };
+        self.is_unshared = true;
         self.close_queues(&mut controller, reason, effects);
         if self.peers.remove(&controller.admin).is_some() {
             effects.push(Effect::Close(controller.admin, Vec::new(), reason));
@@ -455,6 +488,14 @@ impl Target {
             self.end_association(association, CloseReason::KeepAlive, effects);
         }
     }
+}
+
+/// The records that a host may see.
+fn records_for<'a>(
+    host_nqn: &'a str,
+    entries: &'a [DiscoveryEntry],
+) -> impl Iterator<Item = &'a DiscoveryRecord> {
+    entries.iter().filter(move |entry| entry.hosts.contains(host_nqn)).map(|entry| &entry.record)
 }
 
 /// Tells once that a connection has output, until it is taken.

@@ -169,9 +169,11 @@ impl Node {
         };
         let id = ConnectionId(self.next_connection);
         self.next_connection += 1;
-        if self.target.open(id, now()).is_ok() {
+        let mut effects = Vec::new();
+        if self.target.open(id, now(), &mut effects).is_ok() {
             self.wires.insert(id, Wire::new(stream));
         }
+        self.execute(effects);
         true
     }
 
@@ -299,6 +301,10 @@ impl Node {
                 Done::Ok
             }
             Command::Flush => Done::Ok,
+            Command::CompareWrite(range, data, payload) => {
+                let done = self.run(Command::Compare(range, data));
+                if done == Done::Ok { self.run(Command::Write(range, payload)) } else { done }
+            }
             Command::Compare(range, data) => {
                 let blocks = &self.blocks[slice(range.start, range.count)];
                 let differs = blocks.iter().zip(&data).position(|(have, want)| have != want);
