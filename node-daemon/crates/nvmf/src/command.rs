@@ -65,6 +65,10 @@ pub mod fctype {
     pub const PROPERTY_SET: u8 = 0x00;
     /// Connect.
     pub const CONNECT: u8 = 0x01;
+    /// Authentication Send.
+    pub const AUTHENTICATION_SEND: u8 = 0x05;
+    /// Authentication Receive.
+    pub const AUTHENTICATION_RECEIVE: u8 = 0x06;
     /// Property Get.
     pub const PROPERTY_GET: u8 = 0x04;
     /// Disconnect.

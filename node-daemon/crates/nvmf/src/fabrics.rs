@@ -12,6 +12,9 @@ pub const CNTLID_MAX: u16 = 0xffef;
 /// CATTR bit 2: the host does without submission queue flow control.
 const CATTR_NO_FLOW_CONTROL: u8 = 1 << 2;
 
+/// Of a Connect's result: the queue has to be authenticated (AUTHREQ.ATR).
+pub const AUTHENTICATION_REQUIRED: u64 = 1 << 17;
+
 /// Offsets of Connect's parameters, for the result of a refusal: IPO 15:0, IATTR 16 (1: in data).
 pub mod parameter {
     /// QID in the entry.

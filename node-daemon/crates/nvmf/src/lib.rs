@@ -11,6 +11,7 @@
 
 #![allow(clippy::doc_markdown, reason = "the specifications' names of fields are not code")]
 
+pub mod auth;
 pub mod command;
 pub mod fabrics;
 pub mod frame;

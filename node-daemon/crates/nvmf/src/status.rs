@@ -70,6 +70,8 @@ impl Status {
     pub const SIZE_LIMIT: Self = Self(0x83 | COMMAND_SPECIFIC | DNR);
     /// Disconnect on the admin queue.
     pub const QUEUE_TYPE: Self = Self(0x85 | COMMAND_SPECIFIC | DNR);
+    /// The queue has to be authenticated first (Base 6.3).
+    pub const AUTHENTICATION_REQUIRED: Self = Self(0x91 | COMMAND_SPECIFIC | DNR);
     /// The media cannot be read.
     pub const UNRECOVERED_READ: Self = Self(0x81 | MEDIA | DNR);
     /// Compare found a difference.

@@ -449,6 +449,7 @@ impl Noisy {
                     self.failed.insert(id);
                 }
                 HostEffect::Completed(id, Err(error)) => panic!("{id:?}: {error}"),
+                HostEffect::Compute(..) => unreachable!("nobody has a secret"),
                 HostEffect::Geometry(_) | HostEffect::Path(..) => {}
             }
             self.host_effects(more);

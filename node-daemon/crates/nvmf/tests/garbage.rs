@@ -125,6 +125,7 @@ fn execute(target: &mut Target, effects: Vec<Effect>) -> Vec<ConnectionId> {
                     };
                     target.done(association, token, Ok(done), NOW, &mut more);
                 }
+                Effect::Compute(..) => unreachable!("no host has a secret"),
                 Effect::Elsewhere(id, _) => target.refuse(id, &mut more),
                 Effect::HostGone(_) | Effect::HostReadAna(_) => {}
             }

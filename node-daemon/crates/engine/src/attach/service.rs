@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tercet_nvmf::auth::SecretError;
 use tercet_nvmf::host::{ENDPOINTS_MAX, HostOptions, PathState};
 use tercet_nvmf::log::AnaState;
 use tercet_nvmf::names::{is_nqn, parse_volume_nqn};
@@ -71,6 +72,12 @@ fn options(request: &pb::AttachRequest) -> Result<HostOptions, Status> {
         };
         options.endpoints.push(SocketAddr::new(address, port));
     }
+    let secret = |field: &str, text: &Option<String>| {
+        let parsed = text.as_deref().map(str::parse).transpose();
+        parsed.map_err(|error: SecretError| invalid(format!("{field}: {error}")))
+    };
+    options.secret = secret("host_secret", &request.host_secret)?;
+    options.controller_secret = secret("controller_secret", &request.controller_secret)?;
     Ok(options)
 }
 

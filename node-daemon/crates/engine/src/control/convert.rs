@@ -1,6 +1,10 @@
 //! Between the control API's messages and the types of the crates below. What cannot be converted
 //! is `INVALID_ARGUMENT`, with the field's name.
 
+use std::collections::BTreeMap;
+
+use tercet_nvmf::auth::Secret;
+use tercet_nvmf::target::Keys;
 use tercet_proto::StorageError;
 use tercet_proto::{
     BLOCK_BYTES, Config, ConfigState, Epoch, InstanceId, Lsn, Member, NodeName, Place, Primary,
@@ -10,6 +14,7 @@ use tercet_replication::api::{Attachment, ControlError, Replacement, SwapOutcome
 use tonic::{Code, Status};
 use uuid::Uuid;
 
+use crate::core::HostKeys;
 use crate::pb::engine as pb;
 
 /// Largest volume: 2^44 bytes.
@@ -148,6 +153,33 @@ pub fn view(view: &pb::VolumeView) -> Result<VolumeView, Status> {
         replacement: view.replacement.as_ref().map(replacement).transpose()?,
         consistent: view.consistent,
     })
+}
+
+/// The secrets that come with the attachments.
+pub fn keys(view: &pb::VolumeView) -> Result<HostKeys, Status> {
+    let secret = |field: &str, text: &str| {
+        let wrong = |error| Status::invalid_argument(format!("view.attachments.{field}: {error}"));
+        text.parse::<Secret>().map_err(wrong)
+    };
+    let mut keys = BTreeMap::new();
+    for attachment in &view.attachments {
+        let host = attachment.host_secret.as_deref().map(|text| secret("host_secret", text));
+        let controller =
+            attachment.controller_secret.as_deref().map(|text| secret("controller_secret", text));
+        match (host.transpose()?, controller.transpose()?) {
+            (Some(host), controller) => {
+                keys.insert(attachment.host_nqn.clone(), Keys { host, controller });
+            }
+            (None, Some(_)) => {
+                return Err(Status::invalid_argument(
+                    "view.attachments.controller_secret: needs a host_secret beside it",
+                ));
+            }
+            (None, None) => {}
+        }
+    }
+    let epoch = view.config.as_ref().map_or(0, |config| config.epoch);
+    Ok(HostKeys { as_of: (epoch, view.generation), keys })
 }
 
 /// How a swap ended.

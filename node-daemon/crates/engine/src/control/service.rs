@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tercet_proto::disk::CHUNK_BLOCKS;
-use tercet_proto::{BLOCK_BYTES, NewReplica, NodeName, ReplicaId};
+use tercet_proto::{BLOCK_BYTES, NewReplica, NodeName, ReplicaId, VolumeId};
 use tercet_replication::api::{Control, ControlDone, Input, SwapOutcome};
 use tokio::sync::Notify;
 use tokio_stream::Stream;
@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::directory::Directory;
 use super::{convert, status};
+use crate::core::{HostKeys, ToReactor};
 use crate::opener::Opener;
 use crate::outbox::{Outbox, SwapId};
 use crate::pb::engine as pb;
@@ -71,6 +72,14 @@ impl Service {
                 warn!(shard, %error, "not everything was handed over");
             }
         }
+    }
+
+    /// Hosts' secrets are there before the view that lets the hosts in.
+    fn set_keys(&self, volume: VolumeId, keys: &HostKeys) -> Result<(), Status> {
+        for reactor in 0..self.directory.reactors.0.len() {
+            self.directory.reactors.post(reactor, ToReactor::Keys(volume, keys.clone()))?;
+        }
+        Ok(())
     }
 
     fn configured(&self) -> Result<Arc<Plan>, Status> {
@@ -129,7 +138,9 @@ impl pb::engine_server::Engine for Service {
         let volume = convert::volume(&request.volume)?;
         let view =
             request.view.as_ref().ok_or_else(|| Status::invalid_argument("view: missing"))?;
+        let keys = convert::keys(view)?;
         let view = convert::view(view)?;
+        self.set_keys(volume, &keys)?;
         // Before the volume's shard hears of it: what comes of it finds every reactor informed.
         self.directory.tell(volume, Volume::of(&view))?;
         self.outbox.view_came(volume, view.fence, view.consistent);
@@ -287,6 +298,9 @@ impl pb::engine_server::Engine for Service {
         let outcome = convert::outcome(&request)?;
         // A swap that was answered before, or asked by an instance that is dead: idempotent.
         if let Some(volume) = self.outbox.swap_volume(id) {
+            if let Some(view) = &request.view {
+                self.set_keys(volume, &convert::keys(view)?)?;
+            }
             if let SwapOutcome::Swapped(view) | SwapOutcome::Lost(view) = &outcome {
                 self.directory.tell(volume, Volume::of(view))?; // as in `observe_volume`
             }

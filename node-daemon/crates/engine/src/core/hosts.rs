@@ -8,9 +8,12 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tercet_nvmf::auth::{Computation, Computed};
 use tercet_nvmf::target::{
     self, Ana as TargetAna, CloseReason, CntlidRange, Command, CommandError, ConnectionId,
     Detached, DiscoveryEntry, Done, Effect, Refusal, Target,
@@ -24,13 +27,16 @@ use tercet_shard::Event;
 use tracing::{debug, info, warn};
 
 use super::Core;
-use super::types::{MovedHost, ToReactor};
+use super::types::{HostKeys, MovedHost, ToReactor};
+use crate::control::Directory;
 
 /// What waits on a host's connection, and how long a host may not acknowledge it.
 const LIMITS: StreamLimits =
     StreamLimits { send_queue_bytes_max: 16 << 20, unacknowledged_max: Duration::from_secs(10) };
 /// While more than this waits on a connection, no more answers are made for it.
 const SEND_ENOUGH_BYTES: usize = 1 << 20;
+/// Computations that wait for one thread: half a second's worth in the largest group.
+const COMPUTATIONS_MAX: usize = 64;
 /// Associations of one reactor have numbers from reactor << this.
 const ASSOCIATION_BITS: u32 = 48;
 
@@ -57,6 +63,26 @@ pub(super) struct Hosts {
     bytes: [u64; 2],
     /// Connections that ended with something other than NVMe/TCP, or nothing.
     bad_connections: u64,
+    /// Secrets of each volume's hosts.
+    keys: HashMap<VolumeId, HostKeys>,
+    /// The thread that computes, once there was something to compute.
+    computing: Option<SyncSender<(ConnectionId, Computation)>>,
+}
+
+/// The thread that computes for a reactor's hosts; ends with the reactor.
+fn computing(reactor: usize, directory: Arc<Directory>) -> SyncSender<(ConnectionId, Computation)> {
+    let (sender, computations) = sync_channel::<(ConnectionId, Computation)>(COMPUTATIONS_MAX);
+    let work = move || {
+        for (id, computation) in computations {
+            let computed = Box::new(computation.run(&rand::random()));
+            if directory.reactors.post(reactor, ToReactor::Computed(id, computed)).is_err() {
+                warn!("a host is not authenticated: its reactor is busy");
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("authentication".to_owned());
+    thread.spawn(work).expect("a thread");
+    sender
 }
 
 fn connection(stream: StreamId) -> ConnectionId {
@@ -81,6 +107,8 @@ impl Hosts {
             commands: [0; 3],
             bytes: [0; 2],
             bad_connections: 0,
+            keys: HashMap::new(),
+            computing: None,
         }
     }
 
@@ -90,6 +118,14 @@ impl Hosts {
 
     pub(super) fn set_discovery(&mut self, entries: Vec<DiscoveryEntry>) {
         self.target.set_discovery(entries, &mut self.effects);
+    }
+
+    pub(super) fn set_keys(&mut self, volume: VolumeId, keys: HostKeys) {
+        let known = self.keys.entry(volume).or_default();
+        if keys.as_of >= known.as_of {
+            self.target.set_keys(volume, keys.keys.clone());
+            *known = keys;
+        }
     }
 
     /// NQNs of the hosts with an association at this volume.
@@ -152,6 +188,8 @@ impl Hosts {
         let ana = self.anas.get(&volume).copied().unwrap_or(Ana::Inaccessible);
         let range = CntlidRange::of_member(u16::try_from(member).expect("few members"));
         self.target.add_volume(volume, blocks, target_ana(ana), range);
+        let keys = self.keys.get(&volume).map(|known| known.keys.clone());
+        self.target.set_keys(volume, keys.unwrap_or_default());
         debug!(%volume, blocks, member, "exported");
     }
 
@@ -314,8 +352,28 @@ impl Core {
                     self.push(known.slot, Input::HostCommand(association, token, command));
                 }
             }
+            Effect::Compute(id, computation) => self.compute(id, computation),
             Effect::Elsewhere(id, volume) => self.host_elsewhere(id, volume),
         }
+    }
+
+    /// Powers take milliseconds: another thread's. One that has too much to do already refuses,
+    /// and the host tries again.
+    fn compute(&mut self, id: ConnectionId, computation: Computation) {
+        let worker = self
+            .hosts
+            .computing
+            .get_or_insert_with(|| computing(self.number, Arc::clone(&self.directory)));
+        if worker.try_send((id, computation)).is_err() {
+            warn!("a host's connection is closed: too many hosts are being authenticated");
+            self.reactor.close(stream(id));
+            self.hosts.target.closed(id, &mut self.hosts.effects);
+        }
+    }
+
+    pub(super) fn host_computed(&mut self, id: ConnectionId, computed: Computed) {
+        self.hosts.target.computed(id, computed, now(), &mut self.hosts.effects);
+        self.carry_out_hosts();
     }
 
     fn push(&mut self, slot: usize, input: Input) {

@@ -29,7 +29,7 @@ use crate::table::{Table, Versions};
 use hosts::Hosts;
 use links::Links;
 use shards::Slot;
-pub use types::{NewShard, ReactorStatus, ReplicaReport, ShardReport, ToReactor};
+pub use types::{HostKeys, NewShard, ReactorStatus, ReplicaReport, ShardReport, ToReactor};
 
 /// Messages that wait for a reactor.
 pub const MESSAGES_MAX: usize = 4096;
@@ -211,6 +211,8 @@ impl Core {
                 // Whoever asked may have given up.
                 let _ = answer.send(self.status());
             }
+            ToReactor::Keys(volume, keys) => self.hosts.set_keys(volume, keys),
+            ToReactor::Computed(id, computed) => self.host_computed(id, *computed),
             ToReactor::Link(moved) => self.link_moved(*moved),
             ToReactor::Host(moved) => self.host_moved(*moved),
         }

@@ -1,10 +1,12 @@
 //! What a reactor is told and what it tells.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
-use tercet_nvmf::target::Detached;
+use tercet_nvmf::auth::Computed;
+use tercet_nvmf::target::{ConnectionId, Detached, Keys};
 use tercet_proto::message::{Decoder, Hello};
-use tercet_proto::{InstanceId, Instant, SnapshotState};
+use tercet_proto::{InstanceId, Instant, SnapshotState, VolumeId};
 use tercet_reactor::Device;
 use tercet_replication::api::{Control, ControlDone, ControlError, Input, PeerId, ReplicaStatus};
 use tercet_shard::{ScrubStatus, Usage};
@@ -25,10 +27,24 @@ pub enum ToReactor {
     Control(u16, Control, Answer),
     /// Say how you are.
     Status(oneshot::Sender<ReactorStatus>),
+    /// What the hosts of a volume have to know.
+    Keys(VolumeId, HostKeys),
+    /// What was computed for a host's connection.
+    Computed(ConnectionId, Box<Computed>),
     /// A link whose Hello names a shard of this reactor.
     Link(Box<MovedLink>),
     /// A host's connection whose Connect names a volume of this reactor.
     Host(Box<MovedHost>),
+}
+
+/// What the hosts of a volume have to know.
+#[derive(Clone, Debug, Default)]
+pub struct HostKeys {
+    /// Epoch and generation of the object that says so: a view that was overtaken takes nothing
+    /// back, as it lets no refused host in again (rule H5).
+    pub as_of: (u64, u64),
+    /// By host NQN.
+    pub keys: BTreeMap<String, Keys>,
 }
 
 /// A shard to open.

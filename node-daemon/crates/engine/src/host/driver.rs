@@ -292,6 +292,11 @@ impl Driver {
                 }
                 self.host.closed(id, now(), &mut self.effects);
             }
+            // A few milliseconds at most, before the volume is there: nobody waits for this thread.
+            HostEffect::Compute(id, computation) => {
+                let computed = computation.run(&rand::random());
+                self.host.computed(id, &computed, now(), &mut self.effects);
+            }
             HostEffect::Completed(id, result) => self.finished.push((id, result)),
             HostEffect::Geometry(geometry) => {
                 info!(volume = self.name, blocks = geometry.blocks, "the volume is known");

@@ -12,6 +12,8 @@ pub struct Object {
     pub config: pb::Config,
     pub size_bytes: u64,
     pub host_nqn: String,
+    /// Secrets of the host and of the controllers.
+    pub secrets: Option<(String, String)>,
     pub generation: u64,
 }
 
@@ -21,6 +23,8 @@ impl Object {
             node: "client".into(),
             host_nqn: self.host_nqn.clone(),
             read_only: false,
+            host_secret: self.secrets.as_ref().map(|secrets| secrets.0.clone()),
+            controller_secret: self.secrets.as_ref().map(|secrets| secrets.1.clone()),
         };
         pb::VolumeView {
             config: Some(self.config.clone()),
@@ -48,7 +52,7 @@ impl Default for Objects {
 impl Objects {
     pub fn create(&self, volume: Uuid, size_bytes: u64, host_nqn: &str, config: pb::Config) {
         let host_nqn = host_nqn.to_owned();
-        let object = Object { config, size_bytes, host_nqn, generation: 1 };
+        let object = Object { config, size_bytes, host_nqn, secrets: None, generation: 1 };
         self.all.lock().expect("no panic inside").insert(volume, object);
         self.changes.send_modify(|number| *number += 1);
     }
@@ -63,6 +67,16 @@ impl Objects {
             self.changes.send_modify(|number| *number += 1);
         }
         Some((swapped, object.clone()))
+    }
+
+    /// Another host is attached from now on, with or without secrets.
+    pub fn attach(&self, volume: Uuid, host_nqn: &str, secrets: Option<(&str, &str)>) {
+        let mut all = self.all.lock().expect("no panic inside");
+        let object = all.get_mut(&volume).expect("a volume");
+        host_nqn.clone_into(&mut object.host_nqn);
+        object.secrets = secrets.map(|(host, controller)| (host.to_owned(), controller.to_owned()));
+        object.generation += 1;
+        self.changes.send_modify(|number| *number += 1);
     }
 
     pub fn all(&self) -> Vec<(Uuid, Object)> {

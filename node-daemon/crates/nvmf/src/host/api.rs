@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tercet_proto::BlockRange;
 
+use crate::auth::{Computation, Secret};
 use crate::log::AnaState;
 use crate::pdu::Digests;
 use crate::status::Status;
@@ -38,6 +39,10 @@ pub struct HostOptions {
     pub digests: Digests,
     /// Keep Alive Timeout, at most [`KEEP_ALIVE_MAX`].
     pub keep_alive: Duration,
+    /// What this host shows to know when a controller asks.
+    pub secret: Option<Secret>,
+    /// What controllers have to show in turn; without asking for it they are refused.
+    pub controller_secret: Option<Secret>,
 }
 
 impl HostOptions {
@@ -52,6 +57,8 @@ impl HostOptions {
             queue_entries: crate::QUEUE_ENTRIES_MAX,
             digests: Digests::default(),
             keep_alive: KEEP_ALIVE_MAX,
+            secret: None,
+            controller_secret: None,
         }
     }
 }
@@ -135,6 +142,9 @@ pub enum HostEffect {
     /// Close the connection. Without last bytes at once, what is queued in the kernel included;
     /// else after them, if they can be sent at once. Answered by `closed` when it is closed.
     Close(ConnectionId, Vec<Bytes>),
+    /// Something to compute for a connection's authentication, with random bytes; answered by
+    /// `computed`.
+    Compute(ConnectionId, Computation),
     /// An operation has ended: a read's data in order.
     Completed(OperationId, Result<Vec<Bytes>, OperationError>),
     /// The volume is known now, or has another size.

@@ -7,6 +7,7 @@
 //! never (rules H2, H3).
 
 mod api;
+mod authenticate;
 mod path;
 mod queue;
 
@@ -16,6 +17,8 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tercet_proto::{BlockRange, Instant};
+
+use crate::auth::Computed;
 
 pub use api::{
     ConnectionId, ENDPOINTS_MAX, Geometry, HostEffect, HostOptions, KEEP_ALIVE_MAX, OPERATIONS_MAX,
@@ -148,7 +151,7 @@ impl Multipath {
         now: Instant,
         effects: &mut Vec<HostEffect>,
     ) -> Result<(), SubmitError> {
-        if !fits(&operation) || id.0 == path::CONNECT_TAG {
+        if !fits(&operation) || id.0 >= authenticate::AUTHENTICATION_TAG {
             return Err(SubmitError::Length);
         }
         if self.operations.len() >= OPERATIONS_MAX {
@@ -171,6 +174,19 @@ impl Multipath {
     pub fn opened(&mut self, id: ConnectionId, now: Instant, effects: &mut Vec<HostEffect>) {
         if let Some(key) = self.path_of(id) {
             self.at_path(key, now, effects, |path, context| path.opened(id, context));
+        }
+    }
+
+    /// An [`HostEffect::Compute`] has been run. For a connection that is gone: dropped.
+    pub fn computed(
+        &mut self,
+        id: ConnectionId,
+        computed: &Computed,
+        now: Instant,
+        effects: &mut Vec<HostEffect>,
+    ) {
+        if let Some(key) = self.path_of(id) {
+            self.at_path(key, now, effects, |path, context| path.computed(id, computed, context));
         }
     }
 

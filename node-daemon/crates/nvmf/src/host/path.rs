@@ -13,8 +13,10 @@ use bytes::Bytes;
 use tercet_proto::Instant;
 
 use super::api::{ConnectionId, HostEffect, HostOptions, PathState};
+use super::authenticate::AUTHENTICATION_TAG;
 use super::queue::{Completed, Queue};
 use crate::ADMIN_IN_CAPSULE_BYTES_MAX;
+use crate::auth::Initiator;
 use crate::command::{Entry, admin, feature};
 use crate::fabrics::{
     CNTLID_DYNAMIC, ConnectData, ConnectEntry, PropertyEntry, configuration, controller_status,
@@ -86,10 +88,12 @@ enum Stage {
 }
 
 #[derive(Debug)]
-struct Link {
+pub(super) struct Link {
     id: ConnectionId,
-    queue: Queue,
-    /// Its Connect has been answered.
+    pub queue: Queue,
+    /// While the queue is authenticated.
+    pub authentication: Option<Box<Initiator>>,
+    /// Its Connect has been answered, and it is authenticated if it has to be.
     is_live: bool,
     told_send: bool,
 }
@@ -121,7 +125,7 @@ pub(super) struct Context<'a> {
 
 impl Context<'_> {
     /// xorshift64*: only jitter hangs on it.
-    fn draw(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         let mut x = *self.random;
         x ^= x >> 12;
         x ^= x << 25;
@@ -184,7 +188,7 @@ impl Path {
         self.admin.iter().chain(&self.io)
     }
 
-    fn link(&mut self, id: ConnectionId) -> Option<&mut Link> {
+    pub(super) fn link(&mut self, id: ConnectionId) -> Option<&mut Link> {
         self.admin.iter_mut().chain(&mut self.io).find(|link| link.id == id)
     }
 
@@ -213,7 +217,7 @@ impl Path {
 
     /// Tags of operations under way here.
     pub fn operations(&self) -> impl Iterator<Item = u64> + '_ {
-        self.io.iter().flat_map(|link| link.queue.tags()).filter(|&tag| tag != CONNECT_TAG)
+        self.io.iter().flat_map(|link| link.queue.tags()).filter(|&tag| tag < AUTHENTICATION_TAG)
     }
 
     /// Room on the I/O queue that has most.
@@ -342,7 +346,7 @@ impl Path {
         let id = ConnectionId(*context.next_connection);
         *context.next_connection += 1;
         context.effects.push(HostEffect::Open(id, self.endpoint));
-        Link { id, queue, is_live: false, told_send: false }
+        Link { id, queue, authentication: None, is_live: false, told_send: false }
     }
 
     fn start(&mut self, context: &mut Context<'_>) {
@@ -372,10 +376,12 @@ impl Path {
         }
         while let Some(completed) = self.link(id).and_then(|link| link.queue.completed.pop_front())
         {
-            if self.admin.as_ref().is_some_and(|link| link.id == id) {
+            if completed.tag == AUTHENTICATION_TAG {
+                self.authentication_completed(id, &completed, context);
+            } else if self.admin.as_ref().is_some_and(|link| link.id == id) {
                 self.admin_completed(&completed, context);
             } else if completed.tag == CONNECT_TAG {
-                self.io_connected(id, completed.status, context);
+                self.io_connected(id, &completed, context);
             } else {
                 context.said.push(Said::Completed(completed));
             }
@@ -467,11 +473,10 @@ impl Path {
         let data = completed.data.concat();
         match step {
             Step::Connect => {
-                self.get(Step::Capabilities, true, property::CAP);
-                if let Some(link) = &mut self.admin {
-                    link.is_live = true;
-                    link.queue.in_capsule_bytes = ADMIN_IN_CAPSULE_BYTES_MAX;
-                }
+                let link = self.admin.as_mut().expect("it answers");
+                link.queue.in_capsule_bytes = ADMIN_IN_CAPSULE_BYTES_MAX;
+                let id = link.id;
+                self.queue_connected(id, completed.result, context);
             }
             Step::Capabilities => {
                 let value = u64::from(configuration::ENABLE | configuration::ENTRY_SIZES_EXPECTED);
@@ -527,15 +532,31 @@ impl Path {
         }
     }
 
-    fn io_connected(&mut self, id: ConnectionId, status: Status, context: &mut Context<'_>) {
+    fn io_connected(&mut self, id: ConnectionId, completed: &Completed, context: &mut Context<'_>) {
+        let status = completed.status;
         if !status.is_success() {
             return self.lose(&format!("Connect of an I/O queue failed: {status}"), context);
         }
+        self.queue_connected(id, completed.result, context);
+    }
+
+    /// A queue is connected and, if it has to be, authenticated.
+    pub(super) fn queue_ready(&mut self, id: ConnectionId, context: &mut Context<'_>) {
         self.link(id).expect("a link").is_live = true;
+        if self.admin.as_ref().is_some_and(|link| link.id == id) {
+            self.get(Step::Capabilities, true, property::CAP);
+            return self.flush(id, context);
+        }
         if self.io.iter().all(|link| link.is_live) {
             let events = notice::NAMESPACE | notice::ANA;
             self.set_feature(Step::EventConfig, feature::ASYNC_EVENTS, events);
             self.flush_admin(context);
+        }
+    }
+
+    pub(super) fn flush(&mut self, id: ConnectionId, context: &mut Context<'_>) {
+        if let Some(link) = self.link(id) {
+            tell_send(link, context.effects);
         }
     }
 

@@ -6,6 +6,7 @@
 use bytes::Bytes;
 use tercet_proto::{BlockRange, Token, VolumeId};
 
+use crate::auth::Computation;
 use crate::pdu::Fatal;
 
 /// A TCP connection; drawn by the executor, never reused.
@@ -130,6 +131,9 @@ pub enum CloseReason {
     /// No queue was connected in time.
     #[error("no queue was connected within {}s", super::HANDSHAKE_TIMEOUT.as_secs())]
     Handshake,
+    /// The host did not show that it knows its secret.
+    #[error("the host was not authenticated")]
+    Authentication,
     /// Others that have no queue either came after it.
     #[error("too many connections without a queue: newer ones came")]
     Crowded,
@@ -152,7 +156,8 @@ pub enum Effect {
     /// The target has forgotten the connection. Send what was taken before and these last bytes,
     /// for a bounded time, and close the socket.
     Close(ConnectionId, Vec<Bytes>, CloseReason),
-    /// A host connected an admin queue; answered by [`super::Target::accepted`].
+    /// A host connected an admin queue, and has shown that it is that host if it has a secret;
+    /// answered by [`super::Target::accepted`].
     HostConnect(VolumeId, AssociationId, HostIdentity),
     /// The association is gone, and not on the executor's word.
     HostGone(AssociationId),
@@ -160,6 +165,9 @@ pub enum Effect {
     HostReadAna(AssociationId),
     /// A command; answered by [`super::Target::done`].
     HostCommand(AssociationId, Token, Command),
+    /// Something to compute for a connection's authentication, where it holds nobody up, with random
+    /// bytes; answered by [`super::Target::computed`].
+    Compute(ConnectionId, Computation),
     /// A Connect for a volume that this target does not have. The connection waits: move it to the
     /// target that has the volume ([`super::Target::detach`], [`super::Target::adopt`]) or
     /// [`super::Target::refuse`] it.

@@ -5,10 +5,10 @@ use tercet_proto::{Instant, VolumeId};
 
 use super::api::{AssociationId, ConnectionId, Effect, HostIdentity, Refusal};
 use super::connection::Request;
-use super::controller::{Controller, Kind};
+use super::controller::{Admission, Controller, Kind};
 use super::{ADMIN_QUEUE_ENTRIES_MAX, Detached, HANDSHAKE_TIMEOUT, Peer, Role, Target, tell_send};
 use crate::command::{FABRICS, fctype};
-use crate::fabrics::{CNTLID_DYNAMIC, CNTLID_MAX, ConnectData, ConnectEntry, parameter};
+use crate::fabrics::{self, CNTLID_DYNAMIC, CNTLID_MAX, ConnectData, ConnectEntry, parameter};
 use crate::names::{DISCOVERY_NQN, parse_volume_nqn};
 use crate::status::Status;
 use crate::{IO_QUEUES_MAX, QUEUE_ENTRIES_MAX};
@@ -93,8 +93,9 @@ impl Target {
                 return Err((Status::CONNECT_BUSY, 0));
             }
             self.connect_io(id, peer, association, entry)?;
+            let required = self.require_authentication(peer, kind, &data.host_nqn, now);
             let cntlid = self.controllers[&association].cntlid;
-            peer.connection.respond(command, Status::SUCCESS, u64::from(cntlid));
+            peer.connection.respond(command, Status::SUCCESS, u64::from(cntlid) | required);
         }
         Ok(None)
     }
@@ -122,14 +123,36 @@ impl Target {
         let host = HostIdentity { nqn: data.host_nqn, id: data.host_id };
         let mut controller = Controller::new(association, kind, cntlid, host.clone(), id, now);
         controller.connect = Some(connect);
+        let required = self.require_authentication(peer, kind, &host.nqn, now);
+        if required != 0 {
+            controller.admission = Admission::Authenticating;
+        }
         self.controllers.insert(association, controller);
         self.is_unshared = true;
         peer.role = Role::Queue(association, 0);
         match kind {
+            Kind::Volume(_) if required != 0 => self.welcome(association, peer, now),
             Kind::Volume(volume) => effects.push(Effect::HostConnect(volume, association, host)),
             Kind::Discovery => self.welcome(association, peer, now),
         }
         Ok(())
+    }
+
+    /// What Connect's result says besides the CNTLID: that the queue has to be authenticated.
+    fn require_authentication(
+        &mut self,
+        peer: &mut Peer,
+        kind: Kind,
+        host_nqn: &str,
+        now: Instant,
+    ) -> u64 {
+        peer.authentication = self.authentication(kind, host_nqn, now);
+        let Some(authentication) = &peer.authentication else { return 0 };
+        let deadline = authentication.deadline();
+        if let Some(until) = deadline {
+            self.wake_at(until);
+        }
+        fabrics::AUTHENTICATION_REQUIRED
     }
 
     /// A CNTLID that no association of the subsystem has.
@@ -207,7 +230,9 @@ impl Target {
         let expiry = controller.expiry();
         let cntlid = controller.cntlid;
         peer.connection.set_queue(entry.last_entry + 1, !entry.no_flow_control, true);
-        peer.connection.respond(command, Status::SUCCESS, u64::from(cntlid));
+        let required =
+            if peer.authentication.is_some() { fabrics::AUTHENTICATION_REQUIRED } else { 0 };
+        peer.connection.respond(command, Status::SUCCESS, u64::from(cntlid) | required);
         if let Some(at) = expiry {
             self.wake_at(at);
         }
@@ -225,6 +250,9 @@ impl Target {
         let Some(controller) = self.controllers.get(&association) else {
             return;
         };
+        if controller.admission == Admission::Asking {
+            return self.admitted(association, result.is_ok(), now, effects);
+        }
         if controller.connect.is_none() {
             return;
         }

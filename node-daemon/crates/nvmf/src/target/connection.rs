@@ -13,6 +13,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::api::CloseReason;
 use super::pairs::{Next, Pair};
+use crate::auth::MESSAGE_BYTES_MAX;
 use crate::command::{self, COPY_RANGES_MAX, Completion, Data, Entry, admin, fctype, io};
 use crate::fabrics::CONNECT_DATA_BYTES;
 use crate::frame::{Frame, Framer, Reader};
@@ -524,8 +525,11 @@ impl Slot {
 /// Least and most bytes that a command takes from the host; `None` when it takes none.
 fn host_bytes(entry: &Entry, is_admin: bool) -> Option<(usize, usize)> {
     if entry.opcode() == command::FABRICS {
-        return (entry.fabrics_type() == fctype::CONNECT)
-            .then_some((CONNECT_DATA_BYTES, CONNECT_DATA_BYTES));
+        return match entry.fabrics_type() {
+            fctype::CONNECT => Some((CONNECT_DATA_BYTES, CONNECT_DATA_BYTES)),
+            fctype::AUTHENTICATION_SEND => Some((1, MESSAGE_BYTES_MAX)),
+            _ => None,
+        };
     }
     if is_admin {
         let is_host_id = entry.opcode() == admin::SET_FEATURES

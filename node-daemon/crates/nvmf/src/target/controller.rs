@@ -24,6 +24,17 @@ pub(super) enum Kind {
     Discovery,
 }
 
+/// Whether the executor knows of the association.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// As far as its Connect is answered.
+    Open,
+    /// The host has to authenticate first.
+    Authenticating,
+    /// It has; the executor is asked whether it may.
+    Asking,
+}
+
 /// An asynchronous event (Base 5.2): which notice, what the completion says, which log clears it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
@@ -82,6 +93,7 @@ pub(super) struct Controller {
     pub queues: BTreeMap<u16, ConnectionId>,
     /// Connect while the executor is asked whether the host may: its identifier is in front.
     pub connect: Option<(u16, ConnectEntry)>,
+    pub admission: Admission,
     /// Its I/O queues are gone for good: reset, or ended.
     pub is_over: bool,
     pub configuration: u32,
@@ -119,6 +131,7 @@ impl Controller {
             admin,
             queues: BTreeMap::new(),
             connect: None,
+            admission: Admission::Open,
             is_over: false,
             configuration: 0,
             fatal: false,
@@ -169,6 +182,7 @@ impl Controller {
             && self.configuration & configuration::SHUTDOWN == 0
             && !self.fatal
             && self.connect.is_none()
+            && self.admission == Admission::Open
     }
 
     /// A property's value and whether it has eight bytes.

@@ -1,6 +1,6 @@
 //! What hosts may take of a target: connections, queues, memory; each of them counted.
 //!
-//! A connection that has no queue yet may be anybody's: there are [`HANDSHAKES_MAX`] of them, and a
+//! A connection that has no queue yet, or is to authenticate, may be anybody's: there are [`HANDSHAKES_MAX`] of them, and a
 //! newer one takes the place of the one that has been without longest, so that a flood of them keeps
 //! nobody out who is quick. A queue is a host's: one host has at most [`HOST_QUEUES_MAX`]. Data of
 //! commands under way is shared out evenly among the queues, for each host and for the target; what
@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use super::api::{CloseReason, ConnectionId, Effect};
 use super::connection::TRANSFER_BUDGET_BYTES;
+use super::controller::Admission;
 use super::{HANDSHAKES_MAX, HOST_QUEUES_MAX, Role, Target};
 
 /// Data of commands under way of one host. A queue's one command may exceed its share.
@@ -59,7 +60,11 @@ impl Target {
         let mut count = 0;
         let mut oldest: Option<(tercet_proto::Instant, ConnectionId)> = None;
         for (&id, peer) in &self.peers {
-            if let Role::New(until) | Role::Waiting(until) = peer.role {
+            let deadline = match peer.role {
+                Role::New(until) | Role::Waiting(until) => Some(until),
+                Role::Queue(..) => peer.authentication.as_ref().and_then(|it| it.deadline()),
+            };
+            if let Some(until) = deadline {
                 count += 1;
                 oldest = Some(oldest.map_or((until, id), |oldest| oldest.min((until, id))));
             }
@@ -72,7 +77,10 @@ impl Target {
 
     /// Whether the host may have one more queue.
     pub(super) fn has_room_for_queue(&self, host_nqn: &str) -> bool {
-        let of_host = self.controllers.values().filter(|other| other.host.nqn == host_nqn);
+        // Who has not shown to be the host takes none of its room.
+        let of_host = self.controllers.values().filter(|other| {
+            other.host.nqn == host_nqn && other.admission != Admission::Authenticating
+        });
         of_host.map(|other| 1 + other.queues.len()).sum::<usize>() < HOST_QUEUES_MAX
     }
 

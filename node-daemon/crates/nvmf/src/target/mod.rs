@@ -10,6 +10,7 @@
 
 mod admin;
 mod api;
+mod authenticate;
 mod connect;
 mod connection;
 mod controller;
@@ -29,13 +30,15 @@ pub use api::{
     Ana, AssociationId, CloseReason, CntlidRange, Command, CommandError, ConnectionId, Done,
     Effect, HostIdentity, Refusal,
 };
+pub use authenticate::Keys;
 pub use connection::{DATA_PDU_BYTES_MAX, OUTPUT_BYTES_MAX, TRANSFER_BUDGET_BYTES};
 pub use limits::{HOST_TRANSFER_BYTES_MAX, TARGET_TRANSFER_BYTES_MAX, Usage};
 
 use crate::log::DiscoveryRecord;
 use crate::status::Status;
+use authenticate::Authentication;
 use connection::{Connection, Request};
-use controller::{Controller, Event, Kind};
+use controller::{Admission, Controller, Event, Kind};
 
 /// Entries of an admin queue.
 pub const ADMIN_QUEUE_ENTRIES_MAX: u16 = 128;
@@ -57,6 +60,8 @@ struct Subsystem {
     ana: Ana,
     /// Change count of the ANA log.
     ana_changes: u64,
+    /// Secrets of hosts, by NQN.
+    keys: BTreeMap<String, Keys>,
     cntlids: CntlidRange,
     next_cntlid: u16,
 }
@@ -79,6 +84,8 @@ struct Peer {
     /// Connect while the executor is asked where the volume is.
     connect: Option<Request>,
     told_send: bool,
+    /// How the queue is authenticated, if it has to be.
+    authentication: Option<Box<Authentication>>,
     /// Commands that are more than one of the executor's, or answered differently.
     work: BTreeMap<u16, io::Work>,
 }
@@ -128,7 +135,8 @@ impl Target {
         assert!(cntlids.first >= 1 && cntlids.first <= cntlids.last);
         assert!(cntlids.last <= crate::fabrics::CNTLID_MAX);
         let next_cntlid = cntlids.first;
-        let subsystem = Subsystem { blocks, ana, ana_changes: 0, cntlids, next_cntlid };
+        let keys = BTreeMap::new();
+        let subsystem = Subsystem { blocks, ana, ana_changes: 0, keys, cntlids, next_cntlid };
         assert!(self.subsystems.insert(volume, subsystem).is_none(), "{volume:?} is exported");
     }
 
@@ -238,6 +246,7 @@ impl Target {
             role: Role::New(until),
             connect: None,
             told_send: false,
+            authentication: None,
             work: BTreeMap::new(),
         };
         assert!(self.peers.insert(id, Box::new(peer)).is_none(), "{id:?} is open");
@@ -283,7 +292,15 @@ impl Target {
         now: Instant,
         effects: &mut Vec<Effect>,
     ) {
-        while let Some(request) = peer.connection.requests.pop_front() {
+        while !self.is_asking(&peer)
+            && let Some(request) = peer.connection.requests.pop_front()
+        {
+            if let Some(goes_on) = self.authenticate(id, &mut peer, &request, effects) {
+                if goes_on {
+                    continue;
+                }
+                return self.drop_peer(id, peer, CloseReason::Authentication, effects);
+            }
             let goes_on = match peer.role {
                 Role::New(_) | Role::Waiting(_) => {
                     self.first_request(id, &mut peer, request, now, effects)
@@ -315,6 +332,13 @@ impl Target {
         if let Some(association) = association {
             self.tell_events(association, effects);
         }
+    }
+
+    /// Whether a queue's commands wait for the executor's word on its host.
+    fn is_asking(&self, peer: &Peer) -> bool {
+        let Role::Queue(association, _) = peer.role else { return false };
+        let controller = self.controllers.get(&association);
+        controller.is_some_and(|controller| controller.admission == Admission::Asking)
     }
 
     /// Takes what has to be sent on a connection; commands that waited for room go on.
@@ -468,7 +492,14 @@ impl Target {
             match peer.role {
                 Role::New(until) | Role::Waiting(until) if until <= now => late.push(id),
                 Role::New(until) | Role::Waiting(until) => see(until),
-                Role::Queue(..) => {}
+                Role::Queue(..) => {
+                    let deadline = peer.authentication.as_ref().and_then(|it| it.deadline());
+                    match deadline {
+                        Some(until) if until <= now => late.push(id),
+                        Some(until) => see(until),
+                        None => {}
+                    }
+                }
             }
         }
         let mut expired = Vec::new();

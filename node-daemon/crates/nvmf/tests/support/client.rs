@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant as Clock};
 
 use bytes::Bytes;
+use tercet_nvmf::auth::RANDOM_BYTES;
 use tercet_nvmf::host::{
     ConnectionId, Geometry, HostEffect, HostOptions, Multipath, Operation, OperationError,
     OperationId, PathState,
@@ -124,6 +125,10 @@ impl Client {
                     wire.send(last);
                 }
                 self.host.closed(id, now(), more);
+            }
+            HostEffect::Compute(id, computation) => {
+                let computed = computation.run(&[7; RANDOM_BYTES]);
+                self.host.computed(id, &computed, now(), more);
             }
             HostEffect::Completed(id, result) => {
                 let result = result.map(|pieces: Vec<Bytes>| pieces.concat());

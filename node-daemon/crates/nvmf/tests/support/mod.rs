@@ -12,6 +12,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant as Clock};
 
 use bytes::{Bytes, BytesMut};
+use tercet_nvmf::auth::RANDOM_BYTES;
 use tercet_nvmf::target::{
     Ana, AssociationId, CloseReason, CntlidRange, Command, CommandError, ConnectionId, Done,
     Effect, HostIdentity, Refusal, Target,
@@ -253,6 +254,10 @@ impl Node {
                     let result = Ok(self.run(command));
                     self.target.done(association, token, result, now(), more);
                 }
+            }
+            Effect::Compute(id, computation) => {
+                let computed = computation.run(&[9; RANDOM_BYTES]);
+                self.target.computed(id, computed, now(), more);
             }
             Effect::Elsewhere(id, _) => self.target.refuse(id, more),
         }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use tercet_nvmf::auth::{Computation, RANDOM_BYTES};
 use tercet_nvmf::command::{Completion, Data, Entry};
 use tercet_nvmf::fabrics::{ConnectData, ConnectEntry, PropertyEntry, property};
 use tercet_nvmf::frame::{Framer, Reader};
@@ -172,6 +173,9 @@ pub struct Raw {
     pub commands: Vec<Command>,
     pub hosts: BTreeMap<AssociationId, HostIdentity>,
     pub refusal: Option<Refusal>,
+    /// What computations are run with; without it they are kept.
+    pub random: Option<[u8; RANDOM_BYTES]>,
+    pub computations: Vec<(ConnectionId, Computation)>,
 }
 
 pub const ADMIN: ConnectionId = ConnectionId(1);
@@ -198,6 +202,8 @@ impl Raw {
             commands: Vec::new(),
             hosts: BTreeMap::new(),
             refusal: None,
+            random: Some([9; RANDOM_BYTES]),
+            computations: Vec::new(),
         }
     }
 
@@ -364,6 +370,14 @@ impl Raw {
                 } else {
                     let result = self.run(command);
                     self.target.done(association, token, result, self.now, more);
+                }
+            }
+            Effect::Compute(id, computation) => {
+                if let Some(random) = &self.random {
+                    let computed = computation.run(random);
+                    self.target.computed(id, computed, self.now, more);
+                } else {
+                    self.computations.push((id, computation));
                 }
             }
             Effect::Elsewhere(id, _) => self.target.refuse(id, more),
