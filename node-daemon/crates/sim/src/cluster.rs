@@ -36,6 +36,8 @@ const ASK_NS: u64 = 400 * MS;
 pub struct Cluster {
     /// Whether nobody reaches it.
     pub away: bool,
+    /// The answer of the swap that is executed now is lost.
+    pub answer_lost: bool,
     /// What each node's watch has shown last, by volume: version and object.
     seen: BTreeMap<(usize, usize), (u64, VolumeView)>,
 }
@@ -347,7 +349,8 @@ impl World {
             return;
         }
         let swapped = self.swap_execute(&swap);
-        if !self.healed && self.permille(self.mix.answer_lost_permille) {
+        let lost = std::mem::take(&mut self.cluster.answer_lost);
+        if lost || !self.healed && self.permille(self.mix.answer_lost_permille) {
             self.swap_unknown(&swap, swapped);
             return;
         }

@@ -25,6 +25,18 @@ const LOOK_NS: u64 = 300 * MS;
 /// A loss that cannot be yet waits for so long.
 const POSTPONED_NS: u64 = 500 * MS;
 
+/// Changes of a thousand that are stopped half way, where the one who goes is alive.
+const STOPPED_PERMILLE: u32 = 400;
+
+/// For how long.
+const STOPPED_NS: (u64, u64) = (6 * S, 12 * S);
+
+/// Changes of a thousand whose primary is parted from its heir, where it gives its place away.
+const PARTED_PERMILLE: u32 = 700;
+
+/// For how long.
+const PARTED_NS: (u64, u64) = (3 * S, 6 * S);
+
 /// How long a node that comes back stays away.
 const AWAY_NS: (u64, u64) = (500 * MS, 8 * S);
 
@@ -262,7 +274,49 @@ impl World {
             (true, true) if new.primary != old.primary => self.probe(Probe::ChangeCarriedOn),
             (true, false) if new.epoch > old.epoch => self.probe(Probe::ChangeAborted),
             (true, false) => self.probe(Probe::ChangeFinished),
+            (false, true) if new.primary.node != old.primary.node => self.part_a_change(new),
+            (false, true) => self.stop_a_change(),
             _ => {}
+        }
+    }
+
+    /// The primary gives its own place away, and mostly does not hear that it has: it is parted from
+    /// its heir just then, together with the third member. Nobody may serve on the word of the new
+    /// set alone (M1), for those two are a majority of the old one.
+    fn part_a_change(&mut self, new: &Config) {
+        let Some(job) = self.job.as_ref().filter(|job| job.loss == Loss::Retired) else { return };
+        let (victim, spare) = (job.victim, job.spare);
+        if self.healed || !self.permille(PARTED_PERMILLE) {
+            return;
+        }
+        let heir = self.nodes.iter().position(|node| node.name == new.primary.node);
+        let heir = heir.expect("a node of this run");
+        let apart = [victim, spare, heir];
+        let other = (0..self.mix.nodes).find(|node| !apart.contains(node)).expect("a third member");
+        self.probe(Probe::ChangeParted);
+        self.cluster.answer_lost = true;
+        let lasts = self.between(PARTED_NS);
+        for a in [victim, other] {
+            for b in [heir, spare, self.api_site()] {
+                self.cut_both(a, b, lasts);
+            }
+        }
+    }
+
+    /// Sometimes the newcomer and a member lose their power just when both sets count, for longer
+    /// than a change is waited for: only the set that shall go has a majority then (M1).
+    fn stop_a_change(&mut self) {
+        let Some(job) = self.job.as_ref().filter(|job| job.loss == Loss::Retired) else { return };
+        let (victim, spare) = (job.victim, job.spare);
+        if self.healed || !self.permille(STOPPED_PERMILLE) {
+            return;
+        }
+        let common = (0..self.mix.nodes).filter(|node| *node != victim && *node != spare);
+        let common: Vec<usize> = common.collect();
+        let other = common[self.rng.random_range(0..common.len())];
+        for node in [spare, other] {
+            let lasts = self.between(STOPPED_NS);
+            self.power_off(node, lasts);
         }
     }
 }

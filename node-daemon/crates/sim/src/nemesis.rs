@@ -138,7 +138,8 @@ impl World {
         });
     }
 
-    fn cut_both(&mut self, a: Site, b: Site, lasts: u64) {
+    /// Two sites lose each other for so long.
+    pub fn cut_both(&mut self, a: Site, b: Site, lasts: u64) {
         self.cut_for(a, b, lasts);
         self.cut_for(b, a, lasts);
     }
@@ -174,7 +175,8 @@ impl World {
         self.after(back, move |world| world.start(node));
     }
 
-    fn power_off(&mut self, node: usize, back: u64) {
+    /// A node loses its power, and gets it back after a while.
+    pub fn power_off(&mut self, node: usize, back: u64) {
         if !self.nodes[node].powered {
             return;
         }

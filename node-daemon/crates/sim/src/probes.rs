@@ -92,6 +92,8 @@ probes! {
     ChangeCarriedOn,
     /// a change of members was taken back (M1)
     ChangeAborted,
+    /// a primary that gave its place away was parted from its heir and not told (M1)
+    ChangeParted,
     /// a replica that no configuration named any more was deleted (M2)
     StrayDeleted,
     /// a snapshot was deleted while a clone's replica still awaited it (S3)
