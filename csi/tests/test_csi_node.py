@@ -21,11 +21,11 @@ from tercet_csi.errors import (
     NotFound,
     Unavailable,
 )
-from tercet_csi.node.attach import Target
 from tercet_csi.node.commands import run
 from tercet_csi.node.filesystem import FileSystems, mounted_at, mounts
 from tercet_csi.node.records import Records
 from tercet_csi.node.service import NodeOptions, NodeService, device_bytes
+from tercet_csi.node.targets import Paths, Target
 from tercet_csi.v1 import csi_pb2 as csi
 
 VOLUME = "0b0c0d0e-0000-4000-8000-000000000001"
@@ -62,6 +62,12 @@ class LoopAttacher:
 
     async def device_of(self, nqn: str) -> str | None:
         return self.devices.get(nqn)
+
+    async def paths(self) -> dict[str, Paths]:
+        return {}
+
+    async def set_paths(self, target: Target) -> None:
+        raise AssertionError(f"no path of {target} is asked for")
 
     async def ready(self) -> bool:
         return True

@@ -6,7 +6,7 @@ from tercet_csi.capabilities import read_access
 from tercet_csi.controller.naming import is_object_name, object_name
 from tercet_csi.controller.parameters import read_parameters, size_bytes
 from tercet_csi.errors import InvalidArgument, OutOfRange
-from tercet_csi.node.attach import Target
+from tercet_csi.node.targets import Target
 from tercet_csi.v1 import csi_pb2 as csi
 
 MIB = 1024**2

@@ -114,7 +114,10 @@ async def _node(
         csi_pb2_grpc.add_IdentityServicer_to_server(Identity(attacher.ready), server)
         csi_pb2_grpc.add_NodeServicer_to_server(service, server)
 
-    await serve(endpoint, http, register, kubelet=kubelet)
+    async with asyncio.TaskGroup() as tasks:
+        follower = tasks.create_task(service.paths.run())
+        await serve(endpoint, http, register, kubelet=kubelet)
+        follower.cancel()
 
 
 def _logging(log_format: str) -> None:

@@ -2,7 +2,9 @@
 
 A member's node dies with everything on it, and nobody brings it back. The writers go on; within
 the replacement time and a copy the volume has three InSync replicas on three living nodes, equal
-byte for byte, and nothing that was acknowledged is lost. Deleting its StorageNode forgets the node.
+byte for byte, and nothing that was acknowledged is lost. The host has been attached all the time
+and learns the newcomer's path: when the two old members lose their engines it goes on through it.
+Deleting the lost node's StorageNode forgets it.
 """
 
 import os
@@ -18,6 +20,7 @@ from volumeharness import (
     claim,
     commits,
     eventually,
+    halted,
     placed,
     replicas_equal,
     running,
@@ -35,6 +38,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
 REPLACE_AFTER_S = 20.0
 REBUILT_WITHIN_S = 180.0
+SERVES_WITHIN_S = 30.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -77,6 +81,27 @@ def whole_without(lost: str, volume: Json) -> bool:
     )
 
 
+async def goes_on_through(
+    cluster: LocalCluster, kubectl: Kubectl, volume: str, newcomer: str, log: Path
+) -> None:
+    """The engines of the two other members die, one after the other: one stays away, one is back.
+
+    So the newcomer has to serve, and a host without a path to it would stand still.
+    """
+    old = members(await kubectl.get("tvol", volume)) - {newcomer}
+    away, back = sorted(old)
+
+    def leads(found: Json) -> bool:
+        config = found["status"]["config"]
+        return bool(config["state"] == "Active" and config["primary"]["node"] == newcomer)
+
+    async with halted(cluster, away):
+        await commits(log, 5)
+        cluster.kill("engine", back)
+        await kubectl.until("tvol", volume, leads, SERVES_WITHIN_S, f"is led by {newcomer}")
+        await commits(log, 50)
+
+
 async def test_a_lost_nodes_replica_is_rebuilt_on_another(cluster: LocalCluster):
     kubectl = Kubectl(cluster.kubectl)
     acks = cluster.state.root / "rebuild"
@@ -111,6 +136,7 @@ async def test_a_lost_nodes_replica_is_rebuilt_on_another(cluster: LocalCluster)
     assert members(after) == (members(before) - {lost}) | {spare}
     assert after["status"]["config"].get("previousMembers") is None
     await commits(log, 50)
+    await goes_on_through(cluster, kubectl, volume, spare, log)
     former = [e for e in after["status"]["replicas"] if e["node"] == lost]
     assert [entry["state"] for entry in former] == ["Former"], "kept in sight until it is deleted"
     await kubectl.delete("pod", "kept-writer")

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,33 +24,11 @@ from tercet_csi.errors import (
     Unavailable,
 )
 from tercet_csi.node.kernel import KernelAttacher
+from tercet_csi.node.targets import Paths, Target, endpoint
 
 ATTACH_TIMEOUT_MS = 60_000
 CALL_TIMEOUT_S = 90.0
 FABRICS = Path("/dev/nvme-fabrics")
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a volume is reached and as whom; what the publish context says."""
-
-    nqn: str
-    host_nqn: str
-    host_id: str
-    endpoints: tuple[tuple[str, int], ...]
-
-    @classmethod
-    def from_context(cls, context: dict[str, str]) -> Target:
-        """Read a publish context. Raises InvalidArgument when a key is missing or malformed."""
-        try:
-            pairs = [end.rsplit(":", 1) for end in context["endpoints"].split(",")]
-            endpoints = tuple((address, int(port)) for address, port in pairs)
-            return cls(context["nqn"], context["hostNqn"], context["hostId"], endpoints)
-        except (KeyError, ValueError) as error:
-            raise InvalidArgument(
-                f"publish_context lacks or garbles {error}: it must be what "
-                "ControllerPublishVolume returned"
-            ) from None
 
 
 class Attacher(Protocol):
@@ -66,6 +44,14 @@ class Attacher(Protocol):
 
     async def device_of(self, nqn: str) -> str | None:
         """The path of an attached volume's device."""
+        ...
+
+    async def paths(self) -> Mapping[str, Paths]:
+        """Of every attached volume, by NQN: which paths it has."""
+        ...
+
+    async def set_paths(self, target: Target) -> None:
+        """Give a volume that is attached these paths and no others, while it is in use."""
         ...
 
     async def ready(self) -> bool:
@@ -129,6 +115,19 @@ class UserSpaceAttacher:
                 return str(attached.device_path)
         return None
 
+    async def paths(self) -> Mapping[str, Paths]:
+        """Ask what is attached."""
+        try:
+            answer = await self._stub.List(attach_pb2.ListRequest(), timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _mapped(error, "list") from None
+        return {attached.subsystem_nqn: _paths(attached) for attached in answer.attached}
+
+    async def set_paths(self, target: Target) -> None:
+        """Attach again: other endpoints replace those that it has (attach.proto)."""
+        if await self.device_of(target.nqn) is not None:
+            await self.attach(target)
+
     async def ready(self) -> bool:
         """Whether it answers List."""
         try:
@@ -136,6 +135,14 @@ class UserSpaceAttacher:
         except grpc.aio.AioRpcError:
             return False
         return True
+
+
+def _paths(attached: attach_pb2.Attached) -> Paths:
+    found = {
+        endpoint(path.endpoint.address, path.endpoint.port): path.optimized
+        for path in attached.paths
+    }
+    return Paths.of(found)
 
 
 def _mapped(error: grpc.aio.AioRpcError, what: str) -> CsiError:

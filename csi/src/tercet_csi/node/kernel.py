@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tercet_csi.errors import DeadlineExceeded, Unavailable
-
-if TYPE_CHECKING:
-    from tercet_csi.node.attach import Target
+from tercet_csi.node.discovery import Endpoint
+from tercet_csi.node.targets import Paths, Target, endpoint
 
 SYSFS = Path("/sys/class")
 DEVICE_TIMEOUT_S = 30.0
@@ -50,15 +50,20 @@ class KernelAttacher:
         Raises Unavailable when no path answers, DeadlineExceeded when no device appears.
         """
         async with self._one_at_a_time:
-            failures = []
-            for address, port in target.endpoints:
-                options = connect_options(target, address, port)
-                code = await asyncio.to_thread(self._connect, options)
-                if code not in (0, errno.EALREADY):
-                    failures.append(f"{address}:{port} {os.strerror(code)}")
+            failures = await self._connect_all(target, target.endpoints)
             if len(failures) == len(target.endpoints):
                 raise Unavailable(f"no path to {target.nqn}: {'; '.join(failures)}")
         return await self._wait_for_device(target.nqn)
+
+    async def _connect_all(self, target: Target, endpoints: Iterable[Endpoint]) -> list[str]:
+        """What went wrong, of each that failed."""
+        failures = []
+        for address, port in endpoints:
+            options = connect_options(target, address, port)
+            code = await asyncio.to_thread(self._connect, options)
+            if code not in (0, errno.EALREADY):
+                failures.append(f"{address}:{port} {os.strerror(code)}")
+        return failures
 
     def _connect(self, options: str) -> int:
         try:
@@ -118,15 +123,63 @@ class KernelAttacher:
                 await asyncio.sleep(POLL_S)
 
     def _controllers(self, nqn: str) -> list[Path]:
+        return [entry for entry, of in self._all_controllers() if of == nqn]
+
+    def _all_controllers(self) -> list[tuple[Path, str]]:
+        """Every controller and the NQN of its subsystem; one that goes meanwhile is not there."""
         folder = self._sysfs / "nvme"
-        if not folder.is_dir():
-            return []
-        return [
-            entry
-            for entry in folder.iterdir()
-            if (entry / "subsysnqn").exists() and (entry / "subsysnqn").read_text().strip() == nqn
-        ]
+        found = []
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            with suppress(OSError):
+                found.append((entry, (entry / "subsysnqn").read_text().strip()))
+        return found
+
+    async def paths(self) -> Mapping[str, Paths]:
+        """Out of sysfs: each controller over TCP is a path, one that connects counts."""
+        found: dict[str, dict[Endpoint, bool]] = {}
+        for controller, nqn in self._all_controllers():
+            if (where := _where(controller)) is not None:
+                found.setdefault(nqn, {})[where] = _is_optimized(controller)
+        return {nqn: Paths.of(of) for nqn, of in found.items()}
+
+    async def set_paths(self, target: Target) -> None:
+        """Delete what is not wanted, then connect what is missing. Raises Unavailable.
+
+        In this order: a newcomer has the CNTLIDs of the member whose place it takes, and the kernel
+        refuses a second controller of one number. The last path stays until another is there.
+        """
+        async with self._one_at_a_time:
+            controllers = {_where(each): each for each in self._controllers(target.nqn)}
+            wanted = set(target.endpoints)
+            if not controllers.keys() & wanted:
+                raise Unavailable(f"no path of {target.nqn} would stay")
+            for where, controller in controllers.items():
+                if where is not None and where not in wanted:
+                    remove = controller / "delete_controller"
+                    with suppress(FileNotFoundError):
+                        await asyncio.to_thread(remove.write_text, "1")
+            failures = await self._connect_all(target, sorted(wanted - controllers.keys()))
+        if failures:
+            raise Unavailable(f"new paths of {target.nqn}: {'; '.join(failures)}")
 
     async def ready(self) -> bool:
         """Whether the kernel's host is there."""
         return self._fabrics.exists()
+
+
+def _where(controller: Path) -> Endpoint | None:
+    """The endpoint of a controller's `address`: traddr=ADDRESS,trsvcid=PORT[,...]."""
+    try:
+        text = (controller / "address").read_text().strip()
+        fields = dict(part.split("=", 1) for part in text.split(","))
+        return endpoint(fields["traddr"], int(fields["trsvcid"]))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _is_optimized(controller: Path) -> bool:
+    """Whether a namespace of the controller is there and its path is optimized."""
+    for state in controller.glob("nvme*c*n*/ana_state"):
+        with suppress(OSError):
+            return state.read_text().strip() == "optimized"
+    return False

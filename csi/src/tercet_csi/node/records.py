@@ -56,6 +56,11 @@ class Records:
         found = json.loads(path.read_text())
         return Staged(**found | {"targets": tuple(found.get("targets", ()))})
 
+    def all(self) -> list[Staged]:
+        """Every record."""
+        found = (self.get(path.stem) for path in sorted(self._folder.glob("*.json")))
+        return [record for record in found if record is not None]
+
     def put(self, record: Staged) -> None:
         """Write durably: to a temporary file, then renamed."""
         path = self._path(record.volume)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tercet_api.names import TOPOLOGY_NODE, is_uuid, volume_nqn
+from tercet_api.names import TOPOLOGY_NODE, host_id, host_nqn, is_uuid, volume_nqn
 from tercet_csi.capabilities import Access, read_access
 from tercet_csi.errors import (
     AlreadyExists,
@@ -29,9 +29,12 @@ from tercet_csi.errors import (
     Unavailable,
 )
 from tercet_csi.locks import ObjectLocks
-from tercet_csi.node.attach import Attacher, Target
+from tercet_csi.node.attach import Attacher
+from tercet_csi.node.discovery import Identity
 from tercet_csi.node.filesystem import FileSystems, Mount, mounted_at
+from tercet_csi.node.paths import PathFollower
 from tercet_csi.node.records import Records, Staged
+from tercet_csi.node.targets import Target
 from tercet_csi.v1 import csi_pb2 as csi
 from tercet_csi.v1 import csi_pb2_grpc
 
@@ -69,6 +72,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         self._records = records
         self._mounted = mounted
         self._locks = ObjectLocks()
+        identity = Identity(host_nqn(options.name), host_id(options.name))
+        self.paths = PathFollower(identity, attacher, records, self._locks)
 
     async def NodeGetInfo(  # noqa: N802
         self, request: csi.NodeGetInfoRequest, context: Any
@@ -109,6 +114,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             raise InvalidArgument(f"publish_context is of {target.nqn}, not of volume {volume}")
         with self._locks.hold(volume):
             await self._stage(volume, staging, access, target)
+        self.paths.changed()
         return csi.NodeStageVolumeResponse()
 
     async def _stage(self, volume: str, staging: Path, access: Access, target: Target) -> None:
@@ -157,6 +163,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             record = self._records.get(volume)
             if record is None or record.staging_path == str(staging):
                 await self._unstage(volume, staging / STAGED_MOUNT, known=record is not None)
+        self.paths.changed()
         return csi.NodeUnstageVolumeResponse()
 
     async def _unstage(self, volume: str, mount_point: Path, *, known: bool) -> None:

@@ -13,8 +13,8 @@ use crate::names::{DISCOVERY_NQN, parse_volume_nqn};
 use crate::status::Status;
 use crate::{IO_QUEUES_MAX, QUEUE_ENTRIES_MAX};
 
-/// Controllers of the discovery subsystem.
-const DISCOVERY_CONTROLLERS_MAX: usize = 64;
+/// Controllers of the discovery subsystem: one for each node whose hosts keep their paths by it.
+const DISCOVERY_CONTROLLERS_MAX: usize = 256;
 
 /// A refusal: status and the result that names the parameter.
 type Refused = (Status, u32);
