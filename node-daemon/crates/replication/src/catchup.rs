@@ -156,10 +156,10 @@ impl MemberState {
         self.counts() && !self.beyond && self.matched.0 + KEEPS_UP_ENTRIES >= commit.0
     }
 
-    /// Whether it is offered a copy (C2). Who is complete gives up what it has only once the no-op
-    /// is committed.
-    pub fn needs_copy(&self, settled: bool) -> bool {
-        self.sealed && (self.incomplete || (self.beyond && settled))
+    /// Whether it is offered a copy (C2). Who is complete decides itself whether to give up what it
+    /// has (`copy_target`); before the no-op is committed it may be the one that has to take it (T6).
+    pub fn needs_copy(&self) -> bool {
+        self.sealed && (self.incomplete || self.beyond)
     }
 
     /// It is no complete copy, or is one again: either way nothing is known of its log any more.

@@ -25,6 +25,7 @@ use tercet_proto::{
 };
 
 use crate::api::{CopyStatus, PeerId};
+use crate::catchup::MemberState;
 use crate::cx::{Cx, Purpose};
 use crate::replica::{Replica, Role};
 
@@ -121,10 +122,9 @@ impl Replica {
     /// Offers views to whoever needs one, and gives up those that nobody needs.
     pub fn tick_copies(&mut self, cx: &mut Cx<'_>) {
         let Role::Primary(primary) = &mut self.role else { return };
-        let settled = primary.settled();
         let beat = cx.options.timing.beat;
         let needs = |id: ReplicaId| {
-            primary.members.iter().find(|m| m.replica == id).is_some_and(|m| m.needs_copy(settled))
+            primary.members.iter().find(|m| m.replica == id).is_some_and(MemberState::needs_copy)
         };
         let over = |id: &ReplicaId, source: &Source| {
             !needs(*id) || cx.now.since(source.heard) > beat * SILENT_BEATS
@@ -138,7 +138,7 @@ impl Replica {
         }
         let sources = primary.copies.sources.values_mut();
         let waiting: Vec<_> = sources.filter_map(|source| source.waiting.take()).collect();
-        let members = primary.members.iter().filter(|m| m.needs_copy(settled));
+        let members = primary.members.iter().filter(|m| m.needs_copy());
         let wanting: Vec<_> = members.map(|m| (m.replica, m.node.clone())).collect();
         for read in waiting {
             self.read_for_copy(read, cx);

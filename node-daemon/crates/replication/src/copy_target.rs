@@ -244,7 +244,9 @@ impl Replica {
                 self.matched_with_primary(start.lsn, cx); // its log goes on from here (C1)
                 return;
             }
-            None if settled => return self.mark_incomplete(cx),
+            // What the view has is committed: who lacks some of it holds no tail that anybody could
+            // adopt (T5), and the no-op may wait for just this replica (T6).
+            None if settled || self.log.durable < view.place => return self.mark_incomplete(cx),
             Some(Incomplete::Awaits(source)) if is_gone(source, cx) => {
                 return self.mark_incomplete(cx);
             }

@@ -236,6 +236,28 @@ fn c2_t5_a_view_that_holds_less_than_was_acknowledged_is_not_taken() {
     assert_equal_with_snapshots(&cluster);
 }
 
+/// T6: who is beyond the log may be just the one whose acknowledgement the new epoch's no-op lacks.
+/// What it has nobody could ever adopt (T5), so it gives that up for the view before anything is
+/// committed. (Simulator, seed 672: a member lost for good, another beyond the log, and a change of
+/// members that needed both of the old ones that were left: no epoch came to serve.)
+#[test]
+fn c2_t6_the_only_other_one_is_beyond_the_log_when_an_epoch_begins() {
+    let (mut cluster, _) = behind_the_log(10, 100);
+    cluster.kill(0);
+    cluster.kill(1);
+    cluster.start(0);
+    cluster.start(2);
+    let primary = cluster.run_until_served();
+    assert_eq!(primary, 0, "node 2 lacks what is committed");
+    let id = cluster.connect(0, host(1));
+    assert_eq!(cluster.read(0, id, 5), 7777);
+    cluster.write(0, id, 9, 4242);
+    assert_eq!(cluster.status(2).map(|s| s.incomplete), Some(false));
+    cluster.start(1);
+    cluster.run_ms(3000);
+    assert_equal_with_snapshots(&cluster);
+}
+
 /// T5: a view that lacks what the replica may have acknowledged is not taken before a majority of
 /// complete ones has gone beyond it: nobody else may have it.
 #[test]
