@@ -2,7 +2,10 @@
 
 import json
 
-from tercet_e2e.bench import book, noderep
+import pytest
+
+from tercet_e2e.bench import book, distribution, fleet, noderep, writer
+from tercet_e2e.bench.floor import BenchError
 
 
 def _run(structure, threads, read_percent, ops_per_s):
@@ -58,3 +61,76 @@ def test_a_benchmark_replaces_its_own_suites_only(tmp_path):
     book.write(tmp_path, [volume, table])
     book.write(tmp_path, [table | {"value": 2}])
     assert json.loads(book.path(tmp_path).read_text()) == [volume, table | {"value": 2}]
+
+
+# ------------------------------------------------------------------ failover
+
+
+def test_a_distribution_has_its_goal_at_p99_alone():
+    found = distribution.rows(
+        "failover", distribution.Distribution("stall", "ms", [*range(1, 101)], 99.0)
+    )
+    assert [row["value"] for row in found] == [50, 99, 100]
+    assert [row["goal"] for row in found] == [None, 99.0, None]
+    assert [row["holds"] for row in found] == [None, True, None]
+
+
+def test_of_fifty_trials_the_longest_is_what_99_percent_kept():
+    values = [1.0] * 49 + [900.0]
+    assert distribution.at_percent(values, 99) == 900.0
+    assert distribution.at_percent(values, 50) == 1.0
+
+
+def test_every_trial_is_in_the_figure(tmp_path):
+    cases = [
+        distribution.Distribution("killed", "ms", [210.0, 190.0], 500.0),
+        distribution.Distribution("lost", "ms", [900.0], None),
+    ]
+    distribution.figure(cases, tmp_path / "build" / "figure.svg")
+    drawn = (tmp_path / "build" / "figure.svg").read_text()
+    assert ">killed<" in drawn
+    assert ">lost<" in drawn
+
+
+async def test_a_host_tells_its_longest_write_since_a_moment(tmp_path):
+    """A program in place of tercet-attach: one long write among short ones, then silence."""
+    script = tmp_path / "attach"
+    lines = [(10, 3, 0, 500.0), (20, 1, 0, 250_000.0), (30, 0, 0, 0.0), (40, 5, 0, 400.0)]
+    keys = ("at_ns", "operations", "errors", "max_us")
+    told = "\n".join(json.dumps(dict(zip(keys, line, strict=True))) for line in lines)
+    script.write_text(f"#!/bin/sh\ncat <<END\n{told}\nEND\nsleep 60\n")
+    script.chmod(0o755)
+    async with writer.Writer(str(script), [], every_ms=10) as host:
+        assert await host.writes(30, windows=1) == 40
+        assert host.longest_ms(10) == 250.0
+        assert host.longest_ms(20) == 0.4
+        assert host.first(20) == 40
+        with pytest.raises(BenchError, match="stand still"):
+            await host.writes(0, windows=2, timeout_s=0.0)
+        host.windows.append(writer.Window(50, 1, 1, 9.0))
+        with pytest.raises(BenchError, match="has failed"):
+            host.longest_ms(40)
+
+
+async def test_a_host_that_has_ended_is_no_host_that_waits():
+    async with writer.Writer("true", [], every_ms=10) as host:
+        with pytest.raises(BenchError, match="has ended"):
+            await host.writes(0, windows=1)
+
+
+def test_a_volume_is_whole_when_every_member_is_in_sync():
+    members = [{"node": f"n{i}"} for i in (1, 2, 3)]
+    replicas = [{"node": f"n{i}", "state": "InSync"} for i in (1, 2, 3)]
+    config = {"state": "Active", "members": members}
+    ready = [{"type": "Ready", "status": "True"}]
+
+    def whole(**changed):
+        status = {"config": config, "replicas": replicas, "conditions": ready} | changed
+        return fleet.is_whole({"status": status})
+
+    assert whole()
+    assert not whole(config=config | {"state": "Recovering"})
+    assert not whole(config=config | {"previousMembers": members})
+    assert not whole(replicas=[*replicas[:2], {"node": "n3", "state": "Lagging"}])
+    assert whole(replicas=[*replicas, {"node": "n4", "state": "Former"}])
+    assert not fleet.is_whole({})

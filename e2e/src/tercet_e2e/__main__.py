@@ -12,6 +12,7 @@ import typer
 from tercet_e2e import chart as charts
 from tercet_e2e import commands, report, tiers
 from tercet_e2e import images as container_images
+from tercet_e2e.bench import failover
 from tercet_e2e.bench import run as benchmark
 from tercet_e2e.docker import commands as docker
 from tercet_e2e.errors import E2eError
@@ -68,9 +69,10 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[benchmark.Suite | None, typer.Argument(help="Only this one.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="failover: of each fault.")] = failover.TRIALS,
 ) -> None:
     """Measure what speed depends on, beside its floor; writes rows into build/bench.json."""
-    raise typer.Exit(asyncio.run(benchmark.run(Path.cwd(), suite)))
+    raise typer.Exit(asyncio.run(benchmark.run(Path.cwd(), suite, trials)))
 
 
 @app.command(name="report")

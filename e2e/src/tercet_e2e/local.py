@@ -8,9 +8,7 @@ loopback address, so all of them use the usual ports. Devices are files.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import shutil
 import signal
 import sys
@@ -39,6 +37,8 @@ READY_TIMEOUT_S = 300.0
 READY_PAUSE_S = 0.1
 AGENT_PORT, AGENT_HTTP, CSI_NODE_HTTP, ATTACH_HTTP = 4423, 9808, 9809, 9810
 STATUS_FILE = "status.json"
+PIECES = (faults.SUPERVISOR, "agent", "attach", "csi-node")
+"""Of a node; the first has the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,7 @@ class LocalCluster:
         self._volumes_max = volumes_max
         self._replace_after_s = replace_after_s
         self._progress = progress
+        self._pieces: dict[str, dict[str, Program]] = {}
 
     async def __aenter__(self) -> Self:
         self._programs = Programs.find()
@@ -245,22 +246,36 @@ class LocalCluster:
         node = await base.add_node(name, zone)
         for folder in ("devices", "engine", "agent", "attach", "csi"):
             (node.folder / folder).mkdir(exist_ok=True)
-        await base.applier.apply([storage_node(node, self._device_bytes)])
+        await self.register(name)
         kubeconfig = await account_kubeconfig(
             base.kube, base.control_plane, "tercet-node", node=name
         )
-        for component, argv in node_programs(node, self._programs, kubeconfig, self._volumes_max):
-            await base.processes.start(Program(process_name(component, name), argv))
+        pieces = node_programs(node, self._programs, kubeconfig, self._volumes_max)
+        self._pieces[name] = {
+            part: Program(process_name(part, name), argv) for part, argv in pieces
+        }
+        await self.revive(name, tuple(self._pieces[name]))
 
-    async def lose(self, name: str) -> None:
-        """Everything of Tercet's on a node dies and does not come back."""
+    async def add_node(self) -> str:
+        """One more storage node; its name. It is Ready later."""
+        name = f"node-{len(self.nodes) + 1}"
+        await self._start_node(name, f"zone-{name[-1]}")
+        return name
+
+    async def register(self, name: str) -> None:
+        """Make the StorageNode of a node."""
+        await self.base.applier.apply([storage_node(self.nodes[name], self._device_bytes)])
+
+    async def lose(self, name: str, pieces: Sequence[str] = PIECES) -> None:
+        """Everything of Tercet's on a node dies at one time and does not come back."""
         engine = self.pid(faults.ENGINE, name)
-        pieces = (faults.SUPERVISOR, "agent", "attach", "csi-node")
+        names = [process_name(component, name) for component in pieces]
+        await self.base.processes.lose(*names, also=() if engine is None else (engine,))
+
+    async def revive(self, name: str, pieces: Sequence[str] = PIECES) -> None:
+        """Starts what was lost."""
         for component in pieces:
-            await self.base.processes.lose(process_name(component, name))
-        if engine is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(engine, signal.SIGKILL)
+            await self.base.processes.start(self._pieces[name][component])
 
     def _write_status(self) -> None:
         status = {

@@ -127,15 +127,20 @@ class Processes:
         self._running[name].send_signal(number)
         return pid
 
-    async def lose(self, name: ProcessName) -> None:
-        """Kills a program and leaves it dead."""
-        keeper = self._keepers.pop(name)
-        keeper.cancel()
-        await asyncio.gather(keeper, return_exceptions=True)
-        process = self._running[name]
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    async def lose(self, *names: ProcessName, also: Sequence[int] = ()) -> None:
+        """Kills programs, all at one time, and leaves them dead; `also`: children of the first."""
+        keepers = [self._keepers.pop(name) for name in names]
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        processes = [self._running[name] for name in names]
+        for number, process in enumerate(processes):
+            if process.returncode is None:
+                process.kill()
+            for child in also if number == 0 else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        await asyncio.gather(*(process.wait() for process in processes))
 
     async def end(self, name: ProcessName, timeout_s: float) -> None:
         """Ends a program with SIGTERM and leaves it ended; one that does not end is killed."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet_e2e import report
-from tercet_e2e.bench import book, idle, membership, noderep, store, volume
+from tercet_e2e.bench import book, failover, idle, membership, noderep, store, volume
 from tercet_e2e.bench.cases import CASES, Case, row
 from tercet_e2e.bench.floor import fio, prewrite, round_trip_us
 from tercet_e2e.kubectl import Kubectl
@@ -34,9 +34,10 @@ class Suite(StrEnum):
     VOLUME = "volume"
     MEMBERSHIP = "membership"
     NODEREP = "noderep"
+    FAILOVER = "failover"
 
 
-async def run(root: Path, only: Suite | None) -> int:
+async def run(root: Path, only: Suite | None, trials: int = failover.TRIALS) -> int:
     """Measure and print; 0 also when a goal does not hold: the table says so."""
     for suite in Suite if only is None else (only,):
         match suite:
@@ -48,6 +49,8 @@ async def run(root: Path, only: Suite | None) -> int:
                 book.write(root, await membership.rows())
             case Suite.NODEREP:
                 await asyncio.to_thread(noderep.run, root)
+            case Suite.FAILOVER:
+                book.write(root, await failover.run(root, trials))
     return report.report(root)
 
 

@@ -19,7 +19,8 @@ usage: tercet-attach serve --socket PATH --state-dir DIR [--http ADDRESS:PORT]
                            [--log-format json|text]
        tercet-attach bench --nqn NQN --endpoint ADDRESS:PORT [--endpoint ...] --rw read|write
                            [--random] [--depth N] [--block-bytes N] [--seconds N] [--span-bytes N]
-                           [--spin-us N] [--host-nqn NQN] [--host-id UUID] [--log-format json|text]
+                           [--spin-us N] [--pause-ms N] [--every-ms N] [--host-nqn NQN]
+                           [--host-id UUID] [--log-format json|text]
 
 serve  attaches volumes as block devices on request over the socket
 bench  loads a volume through the user-space host and prints one JSON object; writes destroy
@@ -73,6 +74,10 @@ pub struct Bench {
     pub span_bytes: Option<u64>,
     /// How long a turn looks for completions before it sleeps.
     pub spin: Duration,
+    /// How long each place in the depth rests after an operation.
+    pub pause: Duration,
+    /// How long a window of time is of which a line is printed; none are when absent.
+    pub every: Option<Duration>,
 }
 
 /// What is wrong with a command line.
@@ -142,6 +147,8 @@ fn bench(mut args: impl Iterator<Item = String>) -> Result<Args, ArgsError> {
         duration: Duration::from_secs(10),
         span_bytes: None,
         spin: crate::host::SPIN,
+        pause: Duration::ZERO,
+        every: None,
     };
     let mut log_format = LogFormat::Text;
     let mut rw = None;
@@ -163,6 +170,8 @@ fn bench(mut args: impl Iterator<Item = String>) -> Result<Args, ArgsError> {
             "--seconds" => bench.duration = Duration::from_secs(number("it is no number")?),
             "--span-bytes" => bench.span_bytes = Some(number("it is no number")?),
             "--spin-us" => bench.spin = Duration::from_micros(number("it is no number")?),
+            "--pause-ms" => bench.pause = Duration::from_millis(number("it is no number")?),
+            "--every-ms" => bench.every = Some(Duration::from_millis(number("it is no number")?)),
             "--log-format" => log_format = format(&name, value)?,
             // The one format that there is.
             "-o" if value == "json" => {}
@@ -191,6 +200,8 @@ fn check(bench: &Bench) -> Result<(), ArgsError> {
     wrong_if(count > ENDPOINTS_MAX, "--endpoint", count.to_string(), "there are at most 8")?;
     let depth_fits = (1..=DEPTH_MAX).contains(&bench.depth);
     wrong_if(!depth_fits, "--depth", bench.depth.to_string(), "it must be 1 to 1024")?;
+    let no_time = bench.every == Some(Duration::ZERO);
+    wrong_if(no_time, "--every-ms", "0".to_owned(), "a window takes at least 1 ms")?;
     let bytes = bench.block_bytes;
     let fits = bytes > 0 && bytes.is_multiple_of(4096) && bytes <= TRANSFER_BYTES_MAX;
     wrong_if(!fits, "--block-bytes", bytes.to_string(), "a multiple of 4096 up to 1 MiB")
@@ -245,7 +256,8 @@ mod tests {
             panic!("good arguments");
         };
         assert!(bench.is_write && bench.is_random && bench.depth == 32);
-        for wrong in ["--depth 0", "--block-bytes 1000", "--endpoint x", "--rw up"] {
+        for wrong in ["--depth 0", "--block-bytes 1000", "--endpoint x", "--rw up", "--every-ms 0"]
+        {
             let error = parse(&format!("{line} {wrong}")).expect_err("a wrong value");
             assert!(matches!(error, ArgsError::Value { .. }), "{error}");
         }

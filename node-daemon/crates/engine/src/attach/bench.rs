@@ -1,6 +1,9 @@
 //! The load generator: operations at a fixed depth through the user-space host in this very
-//! thread, latencies in a histogram, one JSON object at the end.
+//! thread, one JSON object at the end, and one for each window of time if asked for: what a fault
+//! costs a host is the longest latency of the windows around it.
 
+use std::collections::VecDeque;
+use std::io::Write;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -48,6 +51,23 @@ pub struct Report {
     pub max_us: f64,
 }
 
+/// What a window of time gave.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct Window {
+    /// Its end, on CLOCK_BOOTTIME.
+    pub at_ns: u64,
+    /// Operations that ended in it.
+    pub operations: usize,
+    /// Operations that failed in it.
+    pub errors: usize,
+    /// Latency that half of them kept; 0 without any.
+    pub p50_us: f64,
+    /// Latency that 99 % kept.
+    pub p99_us: f64,
+    /// Longest latency.
+    pub max_us: f64,
+}
+
 /// Why a load gave nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
@@ -80,6 +100,10 @@ struct Load<'a> {
     began: Vec<Instant>,
     latencies_ns: Vec<u64>,
     errors: usize,
+    /// Places in the depth that rest, and until when; the first is done first.
+    resting: VecDeque<(Instant, usize)>,
+    /// End of the window under way, and what had ended before it: operations, errors.
+    window: Option<(Instant, usize, usize)>,
 }
 
 /// Runs a load to its end.
@@ -107,8 +131,11 @@ pub fn run(bench: &Bench) -> Result<Report, BenchError> {
         began: vec![Instant(0); bench.depth],
         latencies_ns: Vec::new(),
         errors: 0,
+        resting: VecDeque::new(),
+        window: None,
     };
     let start = now();
+    load.window = bench.every.map(|every| (start + every, 0, 0));
     load.run(start + bench.duration)?;
     let elapsed = now().since(start);
     load.driver.detach();
@@ -135,26 +162,65 @@ fn connect(driver: &mut Driver) -> Result<u64, BenchError> {
 
 impl Load<'_> {
     fn run(&mut self, until: Instant) -> Result<(), BenchError> {
-        for id in 0..self.bench.depth {
-            self.submit(id);
-        }
-        let mut in_flight = self.bench.depth;
+        let depth = self.bench.depth;
+        self.resting = (0..depth).map(|id| (now(), id)).collect();
         let drained = until + DRAIN_TIMEOUT;
-        while in_flight > 0 {
+        let mut in_flight = 0;
+        loop {
             let time = now();
+            if time >= until {
+                self.resting.clear();
+                if in_flight == 0 {
+                    return Ok(());
+                }
+            }
             if time >= drained {
                 return Err(BenchError::Stuck(in_flight));
             }
-            self.driver.turn(Some(if time < until { until } else { drained }))?;
+            while let Some(&(at, id)) = self.resting.front()
+                && at <= time
+            {
+                self.resting.pop_front();
+                self.submit(id);
+                in_flight += 1;
+            }
+            let limit = if time < until { until } else { drained };
+            let rested = self.resting.front().map(|&(at, _)| at);
+            let window = self.window.map(|(end, ..)| end);
+            let wake = [rested, window].into_iter().flatten().fold(limit, Ord::min);
+            self.driver.turn(Some(wake))?;
             for (id, result) in std::mem::take(&mut self.driver.finished) {
                 self.finish(id.0 as usize, &result);
-                if now() < until {
-                    self.submit(id.0 as usize);
-                } else {
-                    in_flight -= 1;
-                }
+                in_flight -= 1;
+                self.resting.push_back((now() + self.bench.pause, id.0 as usize));
             }
+            self.tell_window()?;
         }
+    }
+
+    /// Prints the window that has ended, if one has.
+    fn tell_window(&mut self) -> Result<(), BenchError> {
+        let time = now();
+        let (Some((end, operations, errors)), Some(every)) = (self.window, self.bench.every) else {
+            return Ok(());
+        };
+        if time < end {
+            return Ok(());
+        }
+        let mut latencies_ns = self.latencies_ns[operations..].to_vec();
+        let [p50_us, p99_us, max_us] = figures(&mut latencies_ns);
+        let window = Window {
+            at_ns: time.0,
+            operations: latencies_ns.len(),
+            errors: self.errors - errors,
+            p50_us,
+            p99_us,
+            max_us,
+        };
+        let line = serde_json::to_string(&window).expect("numbers");
+        writeln!(std::io::stdout(), "{line}")?;
+        // A window that came late does not make the next ones shorter.
+        self.window = Some(((end + every).max(time), self.latencies_ns.len(), self.errors));
         Ok(())
     }
 
@@ -183,12 +249,8 @@ impl Load<'_> {
     }
 
     fn report(mut self, elapsed: Duration) -> Report {
-        self.latencies_ns.sort_unstable();
         let count = self.latencies_ns.len();
-        let at = |percent: usize| {
-            let index = (count * percent).div_ceil(100).clamp(1, count) - 1;
-            self.latencies_ns[index] as f64 / 1000.0
-        };
+        let [p50_us, p99_us, max_us] = figures(&mut self.latencies_ns);
         let seconds = elapsed.as_secs_f64();
         let iops = count as f64 / seconds;
         Report {
@@ -201,9 +263,32 @@ impl Load<'_> {
             errors: self.errors,
             iops,
             bytes_per_second: iops * self.bench.block_bytes as f64,
-            p50_us: at(50),
-            p99_us: at(99),
-            max_us: at(100),
+            p50_us,
+            p99_us,
+            max_us,
         }
+    }
+}
+
+/// Latencies that half of the operations, 99 % and all of them kept, in us; 0 without any.
+fn figures(latencies_ns: &mut [u64]) -> [f64; 3] {
+    latencies_ns.sort_unstable();
+    let count = latencies_ns.len();
+    [50, 99, 100].map(|percent| {
+        let index = (count * percent).div_ceil(100).clamp(1, count.max(1)) - 1;
+        latencies_ns.get(index).map_or(0.0, |&ns| ns as f64 / 1000.0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::figures;
+
+    #[test]
+    fn figures_are_of_the_sorted_latencies() {
+        assert_eq!(figures(&mut []), [0.0; 3]);
+        assert_eq!(figures(&mut [7_000]), [7.0; 3]);
+        let mut hundred: Vec<u64> = (1..=100).rev().map(|us| us * 1000).collect();
+        assert_eq!(figures(&mut hundred), [50.0, 99.0, 100.0]);
     }
 }
