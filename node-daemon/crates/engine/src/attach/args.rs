@@ -22,12 +22,21 @@ usage: tercet-attach serve --socket PATH --state-dir DIR [--http ADDRESS:PORT]
                            [--spin-us N] [--pause-ms N] [--every-ms N] [--host-nqn NQN]
                            [--host-id UUID] [--log-format json|text]
 
+       tercet-attach record --nqn NQN --endpoint ADDRESS:PORT [--endpoint ...] --host-nqn NQN
+                           --host-id UUID --out FILE --writer N [--blocks N] [--clients N]
+                           [--pace-us N] [--seed N] [--log-format json|text]
+
 serve  attaches volumes as block devices on request over the socket
 bench  loads a volume through the user-space host and prints one JSON object; writes destroy
-       what is there";
+       what is there
+record does random operations on a volume's first blocks until its input ends, and writes down what
+       it asked and what it was told: a history whose linearizability can be judged";
 
 /// Most operations in flight of a load.
 pub const DEPTH_MAX: usize = 1024;
+
+/// Fewest blocks of a history: an operation is about up to four of them.
+pub const RECORD_BLOCKS_MIN: u64 = 8;
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +45,8 @@ pub enum Args {
     Serve(Serve, LogFormat),
     /// Load a volume.
     Bench(Bench, LogFormat),
+    /// Record a history.
+    Record(Record, LogFormat),
 }
 
 /// Arguments of `serve`.
@@ -80,11 +91,36 @@ pub struct Bench {
     pub every: Option<Duration>,
 }
 
+/// Arguments of `record`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The volume.
+    pub nqn: String,
+    /// Its members.
+    pub endpoints: Vec<SocketAddr>,
+    /// Who asks.
+    pub host_nqn: String,
+    /// Its identifier.
+    pub host_id: Uuid,
+    /// Where the history goes.
+    pub out: PathBuf,
+    /// Makes what this process writes unlike what any other does.
+    pub writer: u32,
+    /// Blocks from the start of the volume that operations are about.
+    pub blocks: u64,
+    /// Operations in flight: each client does one after the other.
+    pub clients: usize,
+    /// How long a client waits before its next operation.
+    pub pace: Duration,
+    /// Of what is drawn.
+    pub seed: u64,
+}
+
 /// What is wrong with a command line.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ArgsError {
-    /// Neither `serve` nor `bench`.
-    #[error("the first argument must be serve or bench")]
+    /// None of the commands.
+    #[error("the first argument must be serve, bench or record")]
     Command,
     /// An unknown argument.
     #[error("unknown argument {0}")]
@@ -111,6 +147,7 @@ impl Args {
         match args.next().as_deref() {
             Some("serve") => serve(args),
             Some("bench") => bench(args),
+            Some("record") => record(args),
             _ => Err(ArgsError::Command),
         }
     }
@@ -181,6 +218,65 @@ fn bench(mut args: impl Iterator<Item = String>) -> Result<Args, ArgsError> {
     bench.is_write = rw.ok_or(ArgsError::Missing("--rw"))?;
     check(&bench)?;
     Ok(Args::Bench(bench, log_format))
+}
+
+fn record(mut args: impl Iterator<Item = String>) -> Result<Args, ArgsError> {
+    let mut record = Record {
+        nqn: String::new(),
+        endpoints: Vec::new(),
+        host_nqn: String::new(),
+        host_id: Uuid::nil(),
+        out: PathBuf::new(),
+        writer: 0,
+        blocks: 64,
+        clients: 4,
+        pace: Duration::ZERO,
+        seed: 1,
+    };
+    let mut log_format = LogFormat::Text;
+    while let Some(name) = args.next() {
+        let value = args.next().unwrap_or_default();
+        let number = |why| parsed::<u64>(&name, &value, why);
+        match name.as_str() {
+            "--nqn" => record.nqn = filled(&name, value)?,
+            "--endpoint" => record.endpoints.push(parsed(&name, &value, "no ADDRESS:PORT")?),
+            "--host-nqn" => record.host_nqn = filled(&name, value)?,
+            "--host-id" => record.host_id = parsed(&name, &value, "it is no UUID")?,
+            "--out" => record.out = PathBuf::from(filled(&name, value)?),
+            "--writer" => record.writer = parsed(&name, &value, "it is no number of 32 bits")?,
+            "--blocks" => record.blocks = number("it is no number")?,
+            "--clients" => record.clients = number("it is no number")? as usize,
+            "--pace-us" => record.pace = Duration::from_micros(number("it is no number")?),
+            "--seed" => record.seed = number("it is no number")?,
+            "--log-format" => log_format = format(&name, value)?,
+            _ => return Err(ArgsError::Unknown(name)),
+        }
+    }
+    check_record(&record)?;
+    Ok(Args::Record(record, log_format))
+}
+
+fn check_record(record: &Record) -> Result<(), ArgsError> {
+    if parse_volume_nqn(&record.nqn).is_none() {
+        return Err(wrong("--nqn", record.nqn.clone(), "it is no volume's NQN"));
+    }
+    let missing = [
+        (record.endpoints.is_empty(), "--endpoint"),
+        (record.host_nqn.is_empty(), "--host-nqn"),
+        (record.host_id.is_nil(), "--host-id"),
+        (record.out.as_os_str().is_empty(), "--out"),
+        (record.writer == 0, "--writer"),
+    ];
+    if let Some(&(_, name)) = missing.iter().find(|(is_missing, _)| *is_missing) {
+        return Err(ArgsError::Missing(name));
+    }
+    if record.blocks < RECORD_BLOCKS_MIN {
+        return Err(wrong("--blocks", record.blocks.to_string(), "it must be at least 8"));
+    }
+    if !(1..=DEPTH_MAX).contains(&record.clients) {
+        return Err(wrong("--clients", record.clients.to_string(), "it must be 1 to 1024"));
+    }
+    Ok(())
 }
 
 fn check(bench: &Bench) -> Result<(), ArgsError> {
@@ -269,5 +365,10 @@ mod tests {
         assert_eq!(parse("serve --socket s"), Err(ArgsError::Missing("--state-dir")));
         assert_eq!(parse("serve --sockets s"), Err(ArgsError::Unknown("--sockets".into())));
         assert_eq!(parse("bench --rw read"), Err(ArgsError::Missing("--nqn")));
+        let record = format!("record --nqn {NQN} --endpoint 127.0.0.1:4420 --host-nqn nqn.x");
+        assert_eq!(parse(&record), Err(ArgsError::Missing("--host-id")));
+        let record = format!("{record} --host-id 30313233-3435-3637-3839-616263646566 --out h");
+        assert_eq!(parse(&record), Err(ArgsError::Missing("--writer")));
+        assert!(matches!(parse(&format!("{record} --writer 1")), Ok(Args::Record(..))));
     }
 }

@@ -11,6 +11,7 @@ pub mod args;
 pub mod bench;
 pub mod http;
 mod loopdev;
+pub mod record;
 pub mod service;
 mod volume_file;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tercet_engine::attach::args::{Args, Serve, USAGE};
 use tercet_engine::attach::service::Service;
-use tercet_engine::attach::{Attacher, bench, harden, http};
+use tercet_engine::attach::{Attacher, bench, harden, http, record};
 use tercet_engine::logging;
 use tercet_engine::pb::attach::attacher_server::AttacherServer;
 use tokio::net::{TcpListener, UnixListener};
@@ -19,7 +19,9 @@ const EXIT_USAGE: u8 = 64;
 
 fn main() -> ExitCode {
     let (log_format, args) = match Args::parse(std::env::args_os().skip(1)) {
-        Ok(args @ (Args::Serve(_, format) | Args::Bench(_, format))) => (format, args),
+        Ok(args @ (Args::Serve(_, format) | Args::Bench(_, format) | Args::Record(_, format))) => {
+            (format, args)
+        }
         Err(wrong) => {
             eprintln!("tercet-attach: {wrong}\n\n{USAGE}");
             return ExitCode::from(EXIT_USAGE);
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
             serve(&serve_args)
         }
         Args::Bench(bench_args, _) => load(&bench_args),
+        Args::Record(record_args, _) => record::run(&record_args).map_err(Failure::from),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -55,6 +55,8 @@ pub struct Driver {
     name: String,
     /// Operations that have ended since the caller looked last.
     pub finished: Vec<Finished>,
+    /// Operations whose command went out once more, for a caller that asked to know.
+    pub sent_again: Option<Vec<OperationId>>,
     /// Why the path that was lost last was lost.
     pub last_loss: Option<String>,
     /// Geometry or a path has changed since the caller looked last.
@@ -79,6 +81,7 @@ impl Driver {
             spin,
             name,
             finished: Vec::new(),
+            sent_again: None,
             last_loss: None,
             changed: true,
         })
@@ -298,6 +301,7 @@ impl Driver {
                 self.host.computed(id, &computed, now(), &mut self.effects);
             }
             HostEffect::Completed(id, result) => self.finished.push((id, result)),
+            HostEffect::SentAgain(id) => self.sent_again.iter_mut().for_each(|all| all.push(id)),
             HostEffect::Geometry(geometry) => {
                 info!(volume = self.name, blocks = geometry.blocks, "the volume is known");
             }

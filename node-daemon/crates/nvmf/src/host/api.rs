@@ -147,6 +147,8 @@ pub enum HostEffect {
     Compute(ConnectionId, Computation),
     /// An operation has ended: a read's data in order.
     Completed(OperationId, Result<Vec<Bytes>, OperationError>),
+    /// An operation that was sent before goes out again: the first copy may have taken effect.
+    SentAgain(OperationId),
     /// The volume is known now, or has another size.
     Geometry(Geometry),
     /// A path changed; why it was lost, if it was.

@@ -43,6 +43,8 @@ const WRITE_ZEROES_BLOCKS_MAX: u32 = 1 << 16;
 struct Running {
     operation: Operation,
     tries: u32,
+    /// A command for it has gone out before.
+    was_sent: bool,
     /// Which path has it; `None` while it waits.
     path: Option<u64>,
 }
@@ -164,7 +166,7 @@ impl Multipath {
             effects.push(HostEffect::Completed(id, Err(OperationError::Detached)));
             return Ok(());
         }
-        self.operations.insert(id, Running { operation, tries: 0, path: None });
+        self.operations.insert(id, Running { operation, tries: 0, was_sent: false, path: None });
         self.waiting.push_back(id);
         self.dispatch(now, effects);
         Ok(())
@@ -418,6 +420,9 @@ impl Multipath {
             self.waiting.pop_front();
             let running = self.operations.get_mut(&id).expect("waiting operations are there");
             running.path = Some(key);
+            if std::mem::replace(&mut running.was_sent, true) {
+                effects.push(HostEffect::SentAgain(id));
+            }
             let (entry, payload, room) = command(&running.operation);
             let path = self.paths.get_mut(&key).expect("chosen");
             path.submit(entry, id.0, payload, room, effects);

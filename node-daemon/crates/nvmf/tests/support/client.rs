@@ -134,6 +134,7 @@ impl Client {
                 let result = result.map(|pieces: Vec<Bytes>| pieces.concat());
                 assert!(self.completed.insert(id, result).is_none(), "{id:?} completed twice");
             }
+            HostEffect::SentAgain(_) => {}
             HostEffect::Geometry(geometry) => self.geometry = Some(geometry),
             HostEffect::Path(address, state, why) => self.path_events.push((address, state, why)),
         }
