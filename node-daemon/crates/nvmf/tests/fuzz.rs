@@ -450,7 +450,7 @@ impl Noisy {
                 }
                 HostEffect::Completed(id, Err(error)) => panic!("{id:?}: {error}"),
                 HostEffect::Compute(..) => unreachable!("nobody has a secret"),
-                HostEffect::Geometry(_) | HostEffect::Path(..) => {}
+                HostEffect::Geometry(_) | HostEffect::Path(..) | HostEffect::SentAgain(_) => {}
             }
             self.host_effects(more);
         }

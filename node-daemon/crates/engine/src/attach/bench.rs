@@ -54,7 +54,7 @@ pub struct Report {
 /// What a window of time gave.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct Window {
-    /// Its end, on CLOCK_BOOTTIME.
+    /// Its end, on `CLOCK_BOOTTIME`.
     pub at_ns: u64,
     /// Operations that ended in it.
     pub operations: usize,
@@ -286,9 +286,10 @@ mod tests {
 
     #[test]
     fn figures_are_of_the_sorted_latencies() {
-        assert_eq!(figures(&mut []), [0.0; 3]);
-        assert_eq!(figures(&mut [7_000]), [7.0; 3]);
+        assert_eq!(figures(&mut []).map(f64::to_bits), [0.0_f64; 3].map(f64::to_bits));
+        assert_eq!(figures(&mut [7_000]).map(f64::to_bits), [7.0_f64; 3].map(f64::to_bits));
         let mut hundred: Vec<u64> = (1..=100).rev().map(|us| us * 1000).collect();
-        assert_eq!(figures(&mut hundred), [50.0, 99.0, 100.0]);
+        let expected = [50.0_f64, 99.0, 100.0];
+        assert_eq!(figures(&mut hundred).map(f64::to_bits), expected.map(f64::to_bits));
     }
 }

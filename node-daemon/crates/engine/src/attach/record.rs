@@ -32,7 +32,7 @@ use crate::host::{Driver, now};
 /// The value of a block that no single write has filled.
 const TORN: u64 = u64::MAX;
 /// How long what is in flight at the end may take.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+const DRAIN_TIMEOUT: Duration = Duration::from_mins(1);
 /// Most blocks of one operation.
 const SPAN_MAX: u32 = 4;
 /// Blocks that most operations of a while are about, so that they meet.
