@@ -96,7 +96,7 @@ pub fn all() -> Vec<Bird> {
         Replication R::SealWithoutWait 250,
         Replication R::QueueOnSecondary 30,
         Replication R::KeepAssociations 30,
-        Replication R::ServeReconnectEarly 150,
+        Replication R::ServeReconnectEarly 600,
         Replication R::AdoptIncomplete 0,
         Replication R::AdoptOwn 100,
         Replication R::EmptyReplica 0,
