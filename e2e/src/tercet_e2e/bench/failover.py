@@ -17,6 +17,7 @@ whose primary is one node, which dies; then rebuilds (`rebuilding`). What a faul
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import tempfile
@@ -129,7 +130,8 @@ async def run(root: Path, trials: int = TRIALS) -> list[book.Row]:
             found.append(await _many(fleet, min(trials, MANY_TRIALS)))
             rebuilt = await rebuilding.rows(fleet, folder / "floor", SUITE)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if "TERCET_KEEP" not in os.environ:  # to look at logs
+            shutil.rmtree(folder, ignore_errors=True)
     figure(found, root / "build" / FIGURE)
     return [row for each in found for row in rows(SUITE, each)] + rebuilt
 
