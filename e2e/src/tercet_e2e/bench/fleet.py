@@ -143,7 +143,10 @@ class Fleet:
         options = [("grpc.default_authority", "localhost")]
         async with grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
             request = engine_pb2.HandOverRequest(volume=volume["spec"]["uuid"], to_node=to_node)
-            await EngineStub(channel).HandOver(request, timeout=HAND_OVER_TIMEOUT_S)
+            try:
+                await EngineStub(channel).HandOver(request, timeout=HAND_OVER_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                raise BenchError(f"{name} is not handed over: {error.details()}") from None
 
     def writer(self, name: str, size_bytes: int, every_ms: int, pause_ms: int = 0) -> Writer:
         """A host that writes to the volume."""
