@@ -51,6 +51,8 @@ static COUNTING: Counting = Counting;
 const MEMORY_BYTES_PER_TIB_MAX: usize = 16 << 20;
 const SNAPSHOT_MAX: Duration = Duration::from_millis(50);
 const LEAF_BLOCKS: u64 = 2;
+/// Of reads that are timed.
+const ROUNDS: u32 = 5;
 const ZERO_BLOCK: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
 /// A device without data.
@@ -244,6 +246,11 @@ impl Bench {
         self.entry(EntryKind::Snapshot { id: SnapshotId::from_bytes(id(number)) })
     }
 
+    /// The quickest of some rounds: what else the machine does makes none of them quicker.
+    fn read_rounds(&mut self, count: u64) -> Duration {
+        (0..ROUNDS).map(|_| self.read(count)).min().expect("some rounds")
+    }
+
     /// Reads single blocks here and there; each must be good.
     fn read(&mut self, count: u64) -> Duration {
         let size = self.disk.chunks * CHUNK_BLOCKS as u64;
@@ -299,7 +306,7 @@ fn a_large_volume_costs_what_it_may() {
     assert!(mapped <= MEMORY_BYTES_PER_TIB_MAX, "{mapped} bytes for each TiB mapped");
 
     let before = ALLOCATED.load(Ordering::Relaxed);
-    let plain = bench.read(2000);
+    let plain = bench.read_rounds(2000);
     let grown = ALLOCATED.load(Ordering::Relaxed).saturating_sub(before);
     println!("2,000 reads in {plain:?}, {grown} bytes more");
     assert!(grown <= cache + (1 << 20), "reading grows by the cache alone: {grown}");
@@ -312,7 +319,7 @@ fn a_large_volume_costs_what_it_may() {
         assert!(bench.snapshot(number) <= SNAPSHOT_MAX);
         bench.write(number * 131);
     }
-    let chain = bench.read(2000);
+    let chain = bench.read_rounds(2000);
     println!("1,000 snapshots: 2,000 reads in {chain:?}; a checkpoint: {:?}", bench.checkpoint());
     assert!(chain < plain * 3 / 2, "{chain:?} with 1,000 snapshots, {plain:?} without");
     evidence("store_memory_kib_per_tib", (mapped >> 10) as u64, 0, all);
