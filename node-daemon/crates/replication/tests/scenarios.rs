@@ -165,6 +165,26 @@ fn l1_a_write_behind_a_compare_and_write_is_not_lost_in_it() {
 }
 
 #[test]
+fn l1_compare_and_writes_that_waited_together_compare_one_after_the_other() {
+    let mut cluster = Cluster::serving(142);
+    let hosts = [cluster.connect(0, host(1)), cluster.connect(0, host(2))];
+    cluster.write(0, hosts[0], 3, 7);
+    // An uncommitted entry before both: what frees one frees the other.
+    cluster.stop_disk(1, true);
+    cluster.stop_disk(2, true);
+    cluster.command(0, hosts[0], HostCommand::Write(at(3), block(8)));
+    let tokens = hosts.map(|id| cluster.command(0, id, compare_write(3, 8, 9)));
+    cluster.run_ms(300);
+    cluster.stop_disk(1, false);
+    cluster.run_ms(1000);
+    let done = [0, 1].map(|which| cluster.done[&(hosts[which], tokens[which])].clone());
+    let ok = done.iter().filter(|done| **done == Ok(HostDone::Ok)).count();
+    assert_eq!(ok, 1, "{done:?}");
+    assert!(done.contains(&Ok(HostDone::Differs(3))));
+    assert_eq!(cluster.read(0, hosts[1], 3), 9);
+}
+
+#[test]
 fn h2_h4_nobody_but_the_serving_primary_keeps_a_command() {
     let mut cluster = Cluster::serving(7);
     let there = cluster.connect(1, host(1));
