@@ -17,7 +17,7 @@ from tercet_csi.locks import ObjectLocks
 from tercet_csi.node import paths as node_paths
 from tercet_csi.node.discovery import Discovery, DiscoveryError, Identity, parse_log
 from tercet_csi.node.kernel import KernelAttacher
-from tercet_csi.node.paths import PathFollower, Wanted, decide
+from tercet_csi.node.paths import PathFollower, Wanted, current, decide
 from tercet_csi.node.records import Records, Staged
 from tercet_csi.node.targets import Paths, Target
 
@@ -301,6 +301,23 @@ async def test_a_volume_that_a_call_works_on_waits(tmp_path, members):
             await asyncio.sleep(0.2)
             assert attacher.asked == []
         await until(lambda: attacher.asked)
+
+
+async def test_an_old_publish_context_leads_to_the_members_of_today(members):
+    """Its VolumeAttachment is of before the change; the newcomer serves, none of those in it."""
+    found, (a, b, c, d) = members
+    for member in found:
+        member.tell(a, b, d)
+    await found[2].stop()
+    assert (await current(target(a, b, c))).endpoints == (a, b, c, d)
+
+
+async def test_what_the_context_says_is_kept_where_nobody_answers(members):
+    found, (a, b, *_) = members
+    for member in found:
+        await member.stop()
+    async with asyncio.timeout(SOON_S):
+        assert (await current(target(a, b))).endpoints == (a, b)
 
 
 async def test_what_is_not_staged_is_not_followed(tmp_path, members):

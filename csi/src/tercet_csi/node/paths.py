@@ -20,12 +20,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from tercet_csi.errors import Aborted, CsiError
 from tercet_csi.locks import ObjectLocks
+from tercet_csi.node import targets
 from tercet_csi.node.attach import Attacher
 from tercet_csi.node.discovery import Discovery, Endpoint, Identity, Log
 from tercet_csi.node.records import Records, Staged
@@ -33,6 +34,8 @@ from tercet_csi.node.targets import Paths, Target
 
 LOOK_AGAIN_S = 1.0
 """While a volume's paths are not yet what its serving member says; else only changes are."""
+ASK_TIMEOUT_S = 1.0
+"""For a member's word before a volume is attached: a dead one costs no more."""
 RETRY_MIN_S = 0.2
 RETRY_MAX_S = 5.0
 
@@ -66,6 +69,40 @@ def heard(nqn: str, paths: Paths, logs: Mapping[Endpoint, Log]) -> frozenset[End
     """Whose discovery service concerns a volume: its paths', and those whom these name."""
     named = (logs.get(endpoint, {}).get(nqn, frozenset()) for endpoint in paths.endpoints)
     return paths.endpoints.union(*named)
+
+
+async def current(target: Target) -> Target:
+    """The target, and with it whoever the members that it names name now: each is asked once.
+
+    A publish context is as old as its VolumeAttachment; of those in it perhaps none serves today.
+    """
+    identity = Identity(target.host_nqn, target.host_id)
+    known = [targets.endpoint(*each) for each in target.endpoints]
+    logs = await asyncio.gather(*(_ask(identity, each) for each in known))
+    named = frozenset[Endpoint]().union(*(each.get(target.nqn, ()) for each in logs))
+    return replace(target, endpoints=(*known, *sorted(named.difference(known))))
+
+
+async def _ask(identity: Identity, member: Endpoint) -> Log:
+    """What its discovery service says, or nothing within a second."""
+    said: list[Log] = []
+    heard = asyncio.Event()
+
+    def told(found: Log) -> None:
+        said.append(found)
+        heard.set()
+
+    ends = asyncio.ensure_future(Discovery(identity, told).follow(member))
+    hears = asyncio.ensure_future(heard.wait())
+    try:
+        await asyncio.wait(
+            (ends, hears), timeout=ASK_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        for task in (ends, hears):
+            task.cancel()
+        await asyncio.gather(ends, hears, return_exceptions=True)
+    return said[0] if said else {}
 
 
 class PathFollower:

@@ -32,7 +32,7 @@ from tercet_csi.locks import ObjectLocks
 from tercet_csi.node.attach import Attacher
 from tercet_csi.node.discovery import Identity
 from tercet_csi.node.filesystem import FileSystems, Mount, mounted_at
-from tercet_csi.node.paths import PathFollower
+from tercet_csi.node.paths import PathFollower, current
 from tercet_csi.node.records import Records, Staged
 from tercet_csi.node.targets import Target
 from tercet_csi.v1 import csi_pb2 as csi
@@ -133,7 +133,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         if record is None:
             # Crash window: a record without a device; Unstage and Stage both start from it.
             self._records.put(wanted)
-        device = await self._attacher.attach(target)
+        device = await self._attacher.attach(await current(target))
         if access.block:
             return
         mount_point = staging / STAGED_MOUNT
