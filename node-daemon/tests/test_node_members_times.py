@@ -33,8 +33,8 @@ from tercet_node.membership import AddNoProp, Judged, Suspected, sign
 WINDOWS_MAX = 10
 WINDOW_S = 3.0
 WAKE_UPS_MAX_S = 15.0
-SHARED_CORE = 2.0
-"""How much dearer a wake-up may be on a core that others use as well."""
+ANY_RUN = 2.0
+"""What a daemon may take beside the source's share in any run."""
 
 
 def evidence(what, took, most_s, judged=statistics.median):
@@ -94,9 +94,9 @@ def wake_ups(pid: int) -> int:
 async def test_one_daemon_of_a_hundred_takes_next_to_no_processor(tmp_path):
     """One node in a process of its own, ninety-nine in another.
 
-    Whether it is the source's share of a core says `bench membership`, on a machine of its own: of
-    one and the same daemon this test has seen 0.11 to 0.41 %, by what its core did besides. What it
-    does, it does by waking up, and how often does not depend on that.
+    It wakes up 5 to 9 times a second, which differs from run to run and not within one (why is
+    open), and takes 0.04 % of a core for each: 0.23 % in one run and 0.36 in another on an idle
+    machine. The bound here is of what any run may take; `bench membership` has the source's.
     """
     Site(tmp_path, CLUSTER_NODES)
     async with (
@@ -116,7 +116,7 @@ async def test_one_daemon_of_a_hundred_takes_next_to_no_processor(tmp_path):
     over = sum(share > CPU_PERCENT_MAX for share in shares)
     record("membership: times 3 s at 0.32 % of a core", len(shares), over, WINDOW_S * len(shares))
     assert min(rates) <= WAKE_UPS_MAX_S, rates
-    assert min(shares) <= SHARED_CORE * CPU_PERCENT_MAX, shares
+    assert min(shares) <= ANY_RUN * CPU_PERCENT_MAX, shares
 
 
 def test_what_work_costs_beside_a_daemon_is_told_with_its_confidence():
