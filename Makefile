@@ -16,7 +16,7 @@ CARGO := cargo --color=never
 MANIFEST := --manifest-path node-daemon/Cargo.toml
 PACKAGES := crds operator csi node-daemon cli e2e
 
-.PHONY: help demo test lint fmt generate lock bench report wheels images e2e-kind e2e-kind-smoke clean install
+.PHONY: help demo test lint fmt generate lock bench report wheels images e2e-kind e2e-kind-smoke conformance clean install
 
 help:  ## show this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -69,6 +69,9 @@ e2e-kind: install wheels  ## the chart on real kubelets: kind, its node image, a
 e2e-kind-smoke: install wheels  ## of those only: installation, and the loss of a node
 	$(BIN)/python -m pytest -s $(SCENARIOS) e2e/tests/kind/test_kind_1_install.py \
 	  e2e/tests/kind/test_kind_2_nodes.py::test_node_loss
+
+conformance: install  ## Linux's own NVMe/TCP host, in virtual machines, judges the target (root)
+	$(BIN)/python -m pytest -s -m linux
 
 lock:  ## resolve requirements/*.lock again
 	$(PYTHON) -m venv build/lock && build/lock/bin/pip -q install uv

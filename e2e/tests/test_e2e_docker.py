@@ -13,6 +13,7 @@ import pytest
 
 from tercet_e2e.cleanup import clean, grouped_processes
 from tercet_e2e.docker import debian, engine, traces
+from tercet_e2e.errors import BinaryError
 from tercet_e2e.state import StateFolder
 
 SAVED = """\
@@ -56,6 +57,14 @@ def test_the_version_of_a_package_is_what_apt_would_install():
     assert debian.candidate(said) == "20.10.24+dfsg1-1"
     assert debian.candidate("x:\n  Installed: (none)\n  Candidate: (none)\n") is None
     assert debian.candidate("") is None
+
+
+def test_a_suite_of_backports_is_where_what_it_adds_to_is():
+    targets = "http://a/security bookworm-security\nhttp://a/debian bookworm\n"
+    found = debian.mirror_of("bookworm-backports", targets)
+    assert found == ("http://a/debian", "bookworm")
+    with pytest.raises(BinaryError, match="trixie, which is not among"):
+        debian.mirror_of("trixie-backports", targets)
 
 
 def test_a_machine_that_withholds_a_capability_is_noticed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import struct
 
 import pytest
@@ -25,6 +26,14 @@ def test_modules_are_loaded_behind_what_they_need(tmp_path):
     assert initramfs.in_order(["nvme"], files) == ["t10_pi", "nvme_core", "nvme"]
     with pytest.raises(BinaryError, match="no module zfs"):
         initramfs.in_order(["zfs"], files)
+
+
+def test_a_compressed_module_is_unpacked(tmp_path):
+    plain = module(tmp_path, "nvme_tcp", "nvme-core")
+    packed = tmp_path / "nvme-tcp.ko.xz"
+    packed.write_bytes(lzma.compress(plain.read_bytes()))
+    assert initramfs.contents(packed) == initramfs.contents(plain)
+    assert initramfs.in_order(["nvme_tcp"], {"nvme_tcp": packed}) == ["nvme_tcp"]
 
 
 def log_of(path, operations) -> None:

@@ -85,7 +85,7 @@ def tiers() -> tuple[Tier, ...]:
         Tier(
             "python",
             "unit and property tests",
-            (pytest("-m", "not local and not cluster and not kind and not vm"),),
+            (pytest("-m", "not local and not cluster and not kind and not vm and not linux"),),
         ),
         Tier(
             "rust",

@@ -13,7 +13,7 @@ import pytest
 
 from tercet_e2e.evidence import record
 from tercet_e2e.vm import powercut
-from tercet_e2e.vm.machine import Drive, Machine
+from tercet_e2e.vm.machine import Drive, Hardware, Machine, Software
 from tercet_e2e.vm.parts import Parts
 
 pytestmark = pytest.mark.vm
@@ -50,7 +50,8 @@ def test_the_suite_holds_over_a_namespace(suite, parts: Parts, programs, tmp_pat
         f"TERCET_TEST_DEVICES=nguid:{by_nguid.nguid},path:/dev/nvme1n1 "
         f"{suite} --test-threads 1 --nocapture {OF_FILES}\n"
     )
-    with Machine(parts, tmp_path, command, programs, [by_nguid, by_block]) as machine:
+    hardware = Hardware(drives=[by_nguid, by_block])
+    with Machine(parts, tmp_path, Software(command, programs), hardware) as machine:
         count = passed(machine.finish(SUITE_S))
     assert count > 2
     record(f"nvme_{suite}_tests_in_vm", count, 0, time.monotonic() - started)
@@ -91,7 +92,8 @@ def test_nothing_acknowledged_is_lost_when_the_power_is_cut(parts: Parts, progra
             f"TERCET_TEST_ROUND='{told}' store --exact store_round --nocapture --test-threads 1\n"
         )
         logged = Drive(image.file, image.id, log)
-        with Machine(parts, tmp_path, command, programs, [logged]) as machine:
+        hardware = Hardware(drives=[logged])
+        with Machine(parts, tmp_path, Software(command, programs), hardware) as machine:
             tail, acked = one_life(machine, acked, 5.0 + number)
         if ends:
             ends[-1] = tail

@@ -26,6 +26,7 @@ LIBRARIES = (
     "lib/aarch64-linux-gnu",
     "usr/lib",
 )
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 TAIL_LINES = 10
 
 
@@ -57,20 +58,70 @@ def candidate(policy: str) -> str | None:
     return found.group(1) if found and found.group(1) != "(none)" else None
 
 
-def version_of(package: str) -> str:
+def version_of(package: str, options: Sequence[str] = ()) -> str:
     """The version of a package that is to be had; asks the mirrors when none is known."""
-    known = candidate(run(["apt-cache", "policy", package]))
+    ask = ["apt-cache", *options, "policy", package]
+    known = candidate(run(ask))
     if known is None:
-        run(["apt-get", "update"])
-        known = candidate(run(["apt-cache", "policy", package]))
+        run(["apt-get", *options, "update"])
+        known = candidate(run(ask))
     if known is None:
         raise BinaryError(f"no Debian package {package} is to be had from apt's sources")
     return known
 
 
-def unpacked(package: str, progress: Progress, cache: Path | None = None) -> Path:
-    """The folder with a package and what it lacks here, as below `/`; kept by version."""
-    version = version_of(package)
+def mirror_of(suite: str, targets: str) -> tuple[str, str]:
+    """Where a suite like `bookworm-backports` is to be had, and the suite that it adds to.
+
+    `targets` is what `apt-get indextargets` says of the sources that this machine has: address and
+    suite in each line. Raises BinaryError when none of them is what the suite adds to.
+    """
+    base = suite.removesuffix("-backports")
+    for line in targets.splitlines():
+        address, _, found = line.strip().partition(" ")
+        if found == base:
+            return address, base
+    raise BinaryError(f"{suite} adds to {base}, which is not among apt's sources")
+
+
+def with_suite(suite: str, cache: Path) -> list[str]:
+    """Options with which apt prefers a suite that this machine does not have.
+
+    Sources and lists are in the cache: the machine's own stay as they are.
+    """
+    form = "$(REPO_URI) $(RELEASE)"
+    address, base = mirror_of(
+        suite, run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"])
+    )
+    folder = cache / "debian" / f"apt-{suite}"
+    (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+    (folder / "sources").mkdir(exist_ok=True)
+    source = f"Types: deb\nURIs: {address}\nSuites: {base} {suite}\nComponents: main\n"
+    if KEYRING.exists():
+        source += f"Signed-By: {KEYRING}\n"
+    (folder / "sources" / "tercet.sources").write_text(source)
+    settings = {
+        "Dir::Etc::sourcelist": "/dev/null",
+        "Dir::Etc::sourceparts": folder / "sources",
+        "Dir::State::lists": folder / "lists",
+        "Dir::Cache::pkgcache": "",
+        "Dir::Cache::srcpkgcache": "",
+    }
+    options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+    if not any((folder / "lists").glob("*Release")):
+        run(["apt-get", *options, "update"])  # a suite that is not known cannot be preferred
+    return [*options, "-o", f"APT::Default-Release={suite}"]
+
+
+def unpacked(
+    package: str, progress: Progress, cache: Path | None = None, *, suite: str | None = None
+) -> Path:
+    """The folder with a package and what it lacks here, as below `/`; kept by version.
+
+    From `suite`, where it is named.
+    """
+    options = [] if suite is None else with_suite(suite, cache or cache_dir())
+    version = version_of(package, options)
     # As dpkg does: a colon would end the folder's name in a list of folders.
     folder = f"{package}-{version.replace(':', '%3a')}"
     target = (cache or cache_dir()) / "debian" / folder
@@ -83,7 +134,7 @@ def unpacked(package: str, progress: Progress, cache: Path | None = None) -> Pat
         partial = target.with_name(f".{package}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            _download(package, partial / "debs")
+            _download(package, partial / "debs", options)
             root = partial / "root"
             for deb in sorted((partial / "debs").glob("*.deb")):
                 run(["dpkg-deb", "-x", deb, root])
@@ -94,14 +145,16 @@ def unpacked(package: str, progress: Progress, cache: Path | None = None) -> Pat
     return target
 
 
-def _download(package: str, folder: Path) -> None:
+def _download(package: str, folder: Path, options: Sequence[str]) -> None:
     (folder / "partial").mkdir(parents=True)
-    command = ["apt-get", "install", "--download-only", "--reinstall", "--no-install-recommends"]
+    command = ["apt-get", *options, "install", "--download-only", "--reinstall"]
+    command += ["--no-install-recommends"]
     command += ["-y", "-q", "-o", f"Dir::Cache::archives={folder}", "-o", "APT::Sandbox::User=root"]
     try:
         run([*command, package])
     except BinaryError:
-        run(["apt-get", "update"])  # the lists name a version that the mirrors have no more
+        # The lists name a version that the mirrors have no more.
+        run(["apt-get", *options, "update"])
         run([*command, package])
 
 

@@ -1,13 +1,14 @@
 """The root file system of a machine: busybox, modules, programs with their libraries, one command.
 
-The archive is written here (cpio, "newc"): it needs no more than a header for each file. Modules go
-in the order in which they are loaded; each names what it depends on in its own `.modinfo`, so
-nothing has to be generated for the kernel first.
+The archive is written here (cpio, "newc"): it needs no more than a header for each file. It is not
+compressed: an emulated processor unpacks more slowly than the emulator copies. Modules go in the
+order in which they are loaded; each names what it depends on in its own `.modinfo`, so nothing has
+to be generated for the kernel first.
 """
 
 from __future__ import annotations
 
-import gzip
+import lzma
 import re
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tercet_e2e.errors import BinaryError
+from tercet_e2e.vm.parts import Tool
 
 PROGRAM_BYTES_MAX = 256 << 20
 INIT = """\
@@ -42,6 +44,12 @@ def dependencies(module: bytes) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def contents(module: Path) -> bytes:
+    """A module as the kernel takes it, whether its package compresses it or not."""
+    data = module.read_bytes()
+    return lzma.decompress(data) if module.suffix == ".xz" else data
+
+
 def in_order(names: Iterable[str], files: Mapping[str, Path]) -> list[str]:
     """Modules and what they need, each behind what it needs. What is not there is built in."""
     ordered: list[str] = []
@@ -49,7 +57,7 @@ def in_order(names: Iterable[str], files: Mapping[str, Path]) -> list[str]:
     def add(name: str) -> None:
         if name in ordered or name not in files:
             return
-        for needed in dependencies(files[name].read_bytes()):
+        for needed in dependencies(contents(files[name])):
             add(needed.replace("-", "_"))
         ordered.append(name)
 
@@ -60,9 +68,14 @@ def in_order(names: Iterable[str], files: Mapping[str, Path]) -> list[str]:
     return ordered
 
 
-def libraries(program: Path) -> list[Path]:
-    """The shared libraries of a program, its loader included."""
-    done = subprocess.run(["ldd", program], capture_output=True, text=True, check=True)
+def libraries(program: Path, environment: Mapping[str, str] | None = None) -> list[Path]:
+    """The shared libraries of a program, its loader included. Raises BinaryError if one lacks."""
+    done = subprocess.run(
+        ["ldd", program], capture_output=True, text=True, check=True, env=environment
+    )
+    lacking = re.findall(r"(\S+) => not found", done.stdout)
+    if lacking:
+        raise BinaryError(f"{program} lacks {', '.join(lacking)}")
     paths = re.findall(r"(/\S+) \(0x", done.stdout)
     return [Path(path) for path in paths]
 
@@ -96,36 +109,43 @@ class Archive:
         self._add(name, 0o100755, data)
 
     def finished(self) -> bytes:
-        """The whole of it, compressed."""
+        """The whole of it."""
         self._add("TRAILER!!!", 0, b"")
-        return gzip.compress(b"".join(self._parts), compresslevel=1)
+        return b"".join(self._parts)
 
 
 def build(
     busybox: Path,
     modules: Path,
     wanted: Iterable[str],
-    programs: Mapping[str, Path],
+    programs: Mapping[str, Path | Tool],
     command: str,
+    texts: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The initramfs: `programs` are in /bin by these names; `command` is run by a shell."""
+    """The initramfs: `programs` are in /bin by these names; `command` is run by a shell.
+
+    `texts` are more files, by their names without the first slash.
+    """
     archive = Archive()
     for folder in ("proc", "sys", "dev", "tmp", "bin", "lib64"):
         archive.folder(folder)
     archive.file("bin/busybox", busybox.read_bytes())
     archive.file("init", INIT.encode())
     archive.file("command", command.encode())
-    files = {
-        path.name.removesuffix(".ko").replace("-", "_"): path for path in modules.rglob("*.ko")
-    }
+    for name, text in (texts or {}).items():
+        archive.file(name, text.encode())
+    files = {path.name.split(".ko")[0].replace("-", "_"): path for path in modules.rglob("*.ko*")}
     order = in_order(wanted, files)
     for name in order:
-        archive.file(f"modules/{name}", files[name].read_bytes())
+        archive.file(f"modules/{name}", contents(files[name]))
     archive.file("modules/order", "\n".join(order).encode())
     shared: dict[str, Path] = {}
-    for name, program in programs.items():
+    for name, given in programs.items():
+        program, environment = (
+            (given.program, given.environment) if isinstance(given, Tool) else (given, None)
+        )
         archive.file(f"bin/{name}", _stripped(program))
-        shared.update({path.name: path for path in libraries(program)})
+        shared.update({path.name: path for path in libraries(program, environment)})
     for name, path in shared.items():
         loader = name.startswith("ld-linux")
         archive.file(f"lib64/{name}" if loader else f"lib/{name}", path.read_bytes())

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tercet_e2e.errors import BinaryError
 from tercet_e2e.vm import initramfs
-from tercet_e2e.vm.parts import Parts
+from tercet_e2e.vm.parts import Parts, Tool
 
-MEMORY_MIB = 1024
-CPUS = 2
-MODULES = ("nvme",)
 TAIL_LINES = 40
 
 
@@ -43,6 +41,29 @@ class Drive:
         return self.id.hex
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What a machine has."""
+
+    drives: Sequence[Drive] = ()
+    cpus: int = 2
+    memory_mib: int = 1024
+    within: Sequence[str] = ()  # words in front of the emulator's, e.g. of nsenter
+    tap: str | None = None  # a network card at this interface
+    address: str = ""  # the card's, six bytes with colons
+    channel: Path | None = None  # a socket: the machine's only virtio port
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a machine runs: the command, and what that finds."""
+
+    command: str
+    programs: Mapping[str, Path | Tool]
+    modules: Sequence[str] = ("nvme",)
+    texts: Mapping[str, str] = field(default_factory=dict)  # more files
+
+
 class MachineError(Exception):
     """The machine did not do what it was to do; the text has its last lines."""
 
@@ -54,16 +75,24 @@ class Machine:
         self,
         parts: Parts,
         folder: Path,
-        command: str,
-        programs: Mapping[str, Path],
-        drives: Sequence[Drive],
+        software: Software,
+        hardware: Hardware,
     ) -> None:
         self.seen: list[str] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         folder.mkdir(parents=True, exist_ok=True)
-        image = folder / "initramfs.gz"
-        image.write_bytes(initramfs.build(parts.busybox, parts.modules, MODULES, programs, command))
-        words = _command(parts, image, drives)
+        image = folder / "initramfs"
+        image.write_bytes(
+            initramfs.build(
+                parts.busybox,
+                parts.modules,
+                software.modules,
+                software.programs,
+                software.command,
+                software.texts,
+            )
+        )
+        words = _command(parts, image, hardware)
         self._process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -105,10 +134,28 @@ class Machine:
                 return self.seen
         raise MachineError(self._told("the machine ended before its command"))
 
+    def freeze(self) -> None:
+        """Stop it as a hypervisor may: it does nothing, and its clock tells it nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
     def cut_power(self) -> None:
         """Kill the machine; what it was told is flushed is in its drives' files."""
         self._process.kill()
         self._process.wait()
+
+    def said(self) -> list[str]:
+        """What the machine has said; waits for nothing."""
+        while not self._lines.empty():
+            line = self._lines.get()
+            if line is None:
+                self._lines.put(None)
+                break
+            self.seen.append(line)
+        return self.seen
 
     def _told(self, why: str) -> str:
         return "\n".join([why, *self.seen[-TAIL_LINES:]])
@@ -128,26 +175,37 @@ class Machine:
             self._process.stdout.close()
 
 
-def _command(parts: Parts, image: Path, drives: Sequence[Drive]) -> list[str]:
+def _command(parts: Parts, image: Path, hardware: Hardware) -> list[str]:
     if not parts.emulator.exists():
         raise BinaryError(f"{parts.emulator} is not there")
     # The machine dies with the test.
-    words = ["setpriv", "--pdeathsig", "KILL", str(parts.emulator)]
+    words = ["setpriv", "--pdeathsig", "KILL", *hardware.within, str(parts.emulator)]
     for firmware in parts.firmware:
         words += ["-L", str(firmware)]
-    words += ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(CPUS)]
-    words += ["-m", str(MEMORY_MIB), "-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio"]
-    words += ["-kernel", str(parts.kernel), "-initrd", str(image)]
+    words += ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(hardware.cpus)]
+    words += ["-m", str(hardware.memory_mib), "-nographic", "-no-reboot", "-nodefaults"]
+    words += ["-serial", "stdio", "-kernel", str(parts.kernel), "-initrd", str(image)]
     words += ["-append", "console=ttyS0 quiet panic=1"]
-    for number, drive in enumerate(drives):
-        file = f"driver=file,filename={drive.file},cache.direct=on,aio=threads"
-        words += ["-blockdev", f"node-name=f{number},{file}"]
-        if drive.log is None:
-            words += ["-blockdev", f"node-name=d{number},driver=raw,file=f{number}"]
-        else:
-            words += ["-blockdev", f"node-name=l{number},driver=file,filename={drive.log}"]
-            logged = f"driver=blklogwrites,file=f{number},log=l{number}"
-            words += ["-blockdev", f"node-name=d{number},{logged}"]
-        words += ["-device", f"nvme,id=c{number},serial=tercet{number}"]
-        words += ["-device", f"nvme-ns,bus=c{number},drive=d{number},uuid={drive.id}"]
+    for number, drive in enumerate(hardware.drives):
+        words += _drive(number, drive)
+    if hardware.tap is not None:
+        words += ["-netdev", f"tap,id=t0,ifname={hardware.tap},script=no,downscript=no"]
+        words += ["-device", f"virtio-net-pci,netdev=t0,mac={hardware.address}"]
+    if hardware.channel is not None:
+        words += ["-device", "virtio-serial-pci"]
+        words += ["-chardev", f"socket,id=s0,path={hardware.channel},server=on,wait=off"]
+        words += ["-device", "virtserialport,chardev=s0,name=tercet"]
     return words
+
+
+def _drive(number: int, drive: Drive) -> list[str]:
+    file = f"driver=file,filename={drive.file},cache.direct=on,aio=threads"
+    words = ["-blockdev", f"node-name=f{number},{file}"]
+    if drive.log is None:
+        words += ["-blockdev", f"node-name=d{number},driver=raw,file=f{number}"]
+    else:
+        words += ["-blockdev", f"node-name=l{number},driver=file,filename={drive.log}"]
+        logged = f"driver=blklogwrites,file=f{number},log=l{number}"
+        words += ["-blockdev", f"node-name=d{number},{logged}"]
+    words += ["-device", f"nvme,id=c{number},serial=tercet{number}"]
+    return [*words, "-device", f"nvme-ns,bus=c{number},drive=d{number},uuid={drive.id}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,21 @@ class Parts:
     busybox: Path
 
 
-def parts(progress: Progress) -> Parts:
-    """Find or unpack all of it. Raises BinaryError."""
-    kernel, emulator, shell = (debian.unpacked(p, progress) for p in (KERNEL, EMULATOR, SHELL))
+@dataclass(frozen=True)
+class Tool:
+    """A program of a Debian package, for use inside a machine."""
+
+    program: Path
+    environment: Mapping[str, str]  # in which it finds its libraries
+
+
+def parts(progress: Progress, suite: str | None = None) -> Parts:
+    """Find or unpack all of it; the kernel from another suite when one is named.
+
+    Raises BinaryError.
+    """
+    kernel = debian.unpacked(KERNEL, progress, suite=suite)
+    emulator, shell = (debian.unpacked(package, progress) for package in (EMULATOR, SHELL))
     return Parts(
         kernel=_one(kernel / "boot", "vmlinuz-*"),
         modules=_one(kernel, "lib/modules/*"),
@@ -38,6 +50,21 @@ def parts(progress: Progress) -> Parts:
         environment=debian.environment(emulator),
         busybox=shell / "bin/busybox",
     )
+
+
+def tools(wanted: Mapping[str, Sequence[str]], progress: Progress) -> dict[str, Tool]:
+    """Programs by name, out of the packages that have them. Raises BinaryError."""
+    found: dict[str, Tool] = {}
+    for package, names in wanted.items():
+        root = debian.unpacked(package, progress)
+        environment = debian.environment(root)
+        for name in names:
+            places = [root / folder / name for folder in ("usr/sbin", "usr/bin", "sbin", "bin")]
+            program = next((place for place in places if place.exists()), None)
+            if program is None:
+                raise BinaryError(f"Debian's {package} has no program {name} in {root}")
+            found[name] = Tool(program.resolve(), environment)
+    return found
 
 
 def _one(folder: Path, pattern: str) -> Path:
