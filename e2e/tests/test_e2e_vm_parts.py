@@ -36,6 +36,15 @@ def test_a_compressed_module_is_unpacked(tmp_path):
     assert initramfs.in_order(["nvme_tcp"], {"nvme_tcp": packed}) == ["nvme_tcp"]
 
 
+def test_a_module_within_the_kernel_is_not_loaded(tmp_path):
+    (tmp_path / "modules.builtin").write_text("kernel/drivers/virtio/virtio-pci.ko\n")
+    within = initramfs.built_in(tmp_path)
+    files = {"nvme": module(tmp_path, "nvme", "")}
+    assert initramfs.in_order(["virtio_pci", "nvme"], files, within) == ["nvme"]
+    with pytest.raises(BinaryError, match="no module zfs"):
+        initramfs.in_order(["zfs"], files, within)
+
+
 def log_of(path, operations) -> None:
     """A log as QEMU writes it: (sector, flags, data) each."""
     head = powercut.SUPER.pack(powercut.MAGIC, 1, len(operations), SECTOR_BYTES)

@@ -63,8 +63,8 @@ def machine(folder, network) -> Callable[[int, str | None], Guest]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def guest(machine):
-    """Debian's own kernel."""
-    async with machine(1) as running:
+    """Debian's own kernel, or that of the suite which TERCET_LINUX_SUITE names."""
+    async with machine(1, os.environ.get("TERCET_LINUX_SUITE")) as running:
         say("linux: " + await running.run("uname -r"))
         yield running
 

@@ -54,11 +54,16 @@ class Load:
 async def test_fio_notices_a_block_that_is_not_what_it_wrote(host, engines):
     """What all tests here rest on."""
     device = await connected(host, engines)
-    words = fio(device, 4, mix="write")
-    await host.guest.run(words, FIO_S)
-    await host.guest.run(f"{words} --verify_only", FIO_S)
-    await host.guest.run(f"dd if={device} of={device} bs=4k count=1 skip=9 seek=17 oflag=direct")
-    assert (await host.guest.attempt(f"{words} --verify_only", FIO_S)).code != 0
+    load = fio(device, 4, depth=8, seconds=RUN_S)
+    spoil = f"dd if=/dev/urandom of={device} bs=4k count=1 seek=$((n % 1024)) oflag=direct"
+    done = await host.guest.attempt(
+        f"{load} & fio=$!; n=0\n"
+        f"while kill -0 $fio; do {spoil} 2>/dev/null; n=$((n + 7)); done\n"
+        f"wait $fio",
+        FIO_S,
+    )
+    assert done.code != 0
+    assert "verify: bad" in done.text, done.text
 
 
 async def test_killed_primaries_cost_no_io_error(host, engines):

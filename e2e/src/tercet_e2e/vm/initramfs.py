@@ -12,7 +12,7 @@ import lzma
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from tercet_e2e.errors import BinaryError
@@ -50,8 +50,16 @@ def contents(module: Path) -> bytes:
     return lzma.decompress(data) if module.suffix == ".xz" else data
 
 
-def in_order(names: Iterable[str], files: Mapping[str, Path]) -> list[str]:
-    """Modules and what they need, each behind what it needs. What is not there is built in."""
+def built_in(modules: Path) -> set[str]:
+    """The modules that the kernel has in itself, as its package says."""
+    lines = (modules / "modules.builtin").read_text().splitlines()
+    return {Path(line).stem.replace("-", "_") for line in lines}
+
+
+def in_order(
+    names: Iterable[str], files: Mapping[str, Path], within: Container[str] = ()
+) -> list[str]:
+    """Modules and what they need, each behind what it needs, but for those `within` the kernel."""
     ordered: list[str] = []
 
     def add(name: str) -> None:
@@ -62,7 +70,7 @@ def in_order(names: Iterable[str], files: Mapping[str, Path]) -> list[str]:
         ordered.append(name)
 
     for name in names:
-        if name not in files:
+        if name not in files and name not in within:
             raise BinaryError(f"the kernel has no module {name}")
         add(name)
     return ordered
@@ -135,7 +143,7 @@ def build(
     for name, text in (texts or {}).items():
         archive.file(name, text.encode())
     files = {path.name.split(".ko")[0].replace("-", "_"): path for path in modules.rglob("*.ko*")}
-    order = in_order(wanted, files)
+    order = in_order(wanted, files, built_in(modules))
     for name in order:
         archive.file(f"modules/{name}", contents(files[name]))
     archive.file("modules/order", "\n".join(order).encode())
