@@ -179,6 +179,7 @@ async def test_a_host_that_stops_is_forgotten_after_its_keep_alive(host, engines
     finally:
         host.guest.machine.thaw()
     await host.wait_live(len(engines.nodes))
+    await host.kernel_said()  # a machine that stood still for long says so itself
 
 
 async def test_two_hosts_share_a_volume_over_a_failover(host, engines, machine):

@@ -158,10 +158,16 @@ async def test_who_is_not_attached_any_more_loses_its_paths_and_comes_back(host,
     attachments = list(host.volume.attachments)
     engines.objects.attach(host.volume.id, [])
 
-    async def lost() -> bool:
-        return all(path.state == "connecting" for path in (await host.paths()).values())
+    turned_away: set[str] = set()
 
-    await until(lost, "all paths are lost")
+    async def all_turned_away() -> bool:
+        for line in await host.kernel_said():
+            if (told := re.search(r"(nvme\d+): Connect for subsystem", line)) is not None:
+                turned_away.add(told[1])
+        return len(turned_away) == len(engines.nodes)
+
+    await until(all_turned_away, "each path was tried again and turned away")
+    assert {path.state for path in (await host.paths()).values()} == {"connecting"}
     engines.objects.attach(host.volume.id, attachments)
     await host.wait_live(len(engines.nodes))
 
