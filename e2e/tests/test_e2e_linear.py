@@ -12,10 +12,12 @@ import time
 
 import pytest
 
+from tercet_e2e.linear import judge
 from tercet_e2e.linear.hosts import Host, longest_gap_s
 from tercet_e2e.linear.nemesis import resolved
 from tercet_e2e.linear.network import Network
 from tercet_e2e.linear.plan import LEASE_S, Kind, plan
+from tercet_e2e.linear.run import Outcome, told
 from tercet_e2e.linear.wires import Link, Wires, address, fate, target_number
 
 HOSTS = ["host-1", "host-2", "host-3"]
@@ -101,6 +103,49 @@ def test_answers_are_counted_once_and_the_longest_gap_is_found(tmp_path):
     assert host.look() == 3
     assert host.look() == 3
     assert longest_gap_s([history]) == pytest.approx(7.9)
+
+
+# ------------------------------------------------------------------ the judge
+
+
+def history(path, *lines: str) -> list:
+    """A host's only life; times in ms."""
+    path.write_text("\n".join(lines) + "\n")
+    return [path]
+
+
+def asked(at: int, op: int, what: str) -> str:
+    return f'{{"at":{at}000000,"op":{op},"do":"{what}","block":7,"blocks":1}}'
+
+
+def done(at: int, op: int, *values: int) -> str:
+    told = f',"values":{list(values)}' if values else ""
+    return f'{{"at":{at}000000,"op":{op},"is":"done"{told}}}'
+
+
+async def test_a_stale_read_is_told_with_its_block_and_what_was_around_it(tmp_path):
+    program = await asyncio.to_thread(judge.program)
+    writes = history(
+        tmp_path / "a", asked(1, 1, "write"), done(2, 1), asked(3, 2, "write"), done(4, 2)
+    )
+    good = {
+        "a": writes,
+        "b": history(tmp_path / "b", asked(3, 3, "read"), done(5, 3, 1)),
+    }
+    found = await judge.judge(program, good, tmp_path / "good.html")
+    assert (found["verdict"], found["operations"], found["bad"]) == ("linearizable", 3, [])
+    stale = {
+        "a": writes,
+        "b": history(tmp_path / "c", asked(5, 3, "read"), done(6, 3, 1)),
+    }
+    outcome = Outcome(5, judged=await judge.judge(program, stale, tmp_path / "bad.html"))
+    assert (outcome.judged["verdict"], outcome.judged["bad"]) == ("not linearizable", [7])
+    said = "\n".join(told(outcome))
+    assert "reads 0.1" in said
+    assert "writes 0.2" in said
+    assert "verdict: not linearizable" in said
+    with pytest.raises(judge.JudgeError, match="no such file"):
+        await judge.judge(program, {"a": [tmp_path / "none"]}, tmp_path / "no.html")
 
 
 # ------------------------------------------------------------------ real namespaces

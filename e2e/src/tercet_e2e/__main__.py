@@ -89,10 +89,13 @@ def bench(
 def linear(
     seconds: Annotated[int, typer.Option(min=10, help="Of faults.")] = linearity.SECONDS,
     seed: Annotated[int | None, typer.Option(help="Of the faults; else a fresh one.")] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="Another build of tercet-engine: a canary's.")
+    ] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="json: the last line.")] = "text",
 ) -> None:
     """Judge whether what hosts are told by real processes under faults is linearizable."""
-    outcome = asyncio.run(linearity.run(Path.cwd(), seconds, seed))
+    outcome = asyncio.run(linearity.run(Path.cwd(), seconds, seed, engine))
     if output == "json":
         print(json.dumps(outcome.as_json()))
     else:

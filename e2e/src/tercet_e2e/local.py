@@ -161,6 +161,7 @@ class LocalCluster:
     for the operator's own default.
     network: parts what is Tercet's on the nodes; none: all of it shares the machine's loopback.
     csi: with the CSI services, sidecars and attachers; without, volumes are for hosts of one's own.
+    engine: another build of tercet-engine than the installed one.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class LocalCluster:
         replace_after_s: float | None = None,
         network: Wiring | None = None,
         csi: bool = True,
+        engine: Path | None = None,
         binaries: Binaries | None = None,
         progress: Progress = print,
         remove: bool = False,
@@ -180,6 +182,7 @@ class LocalCluster:
         self.base = Cluster(root, binaries=binaries, progress=progress, remove=remove, sidecars=csi)
         self._network = network
         self._with_csi = csi
+        self._engine = engine
         self._node_count = nodes
         self._device_bytes = device_bytes
         self._volumes_max = volumes_max
@@ -189,6 +192,8 @@ class LocalCluster:
 
     async def __aenter__(self) -> Self:
         self._programs = Programs.find()
+        if self._engine is not None:
+            self._programs = replace(self._programs, engine=self._engine)
         await self.base.__aenter__()
         try:
             await self._start()

@@ -44,7 +44,7 @@ class Kind(StrEnum):
     """It comes again with its name, in a second life (H3)."""
     CUT = "one-way cuts"
     PRIMARY_PARTED = "primary parted"
-    """One way or both, with one host on its side."""
+    """One way or both, with one host on its side; in half of the draws deaf to the API as well."""
     HOST_PARTED = "host parted"
     """From all members but one."""
     DELAY = "delays"
@@ -154,6 +154,8 @@ def _parted(draw: random.Random, hosts: Sequence[str]) -> Links:
     for far in rest:
         links += [(link_name(primary, far), cut)] if way != "in" else []
         links += [(link_name(far, primary), cut)] if way != "out" else []
+    if draw.random() < 0.5:  # nor does it hear of the next one by its agent
+        links.append((link_name(API, primary), cut))
     # Whom the primary serves does not hear of the next one.
     for other in others:
         links += _both(friend, other, cut)

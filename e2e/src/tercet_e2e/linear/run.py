@@ -77,7 +77,9 @@ class Outcome:
         return {**vars(self), "holds": self.holds}
 
 
-async def run(root: Path, seconds: int = SECONDS, seed: int | None = None) -> Outcome:
+async def run(
+    root: Path, seconds: int = SECONDS, seed: int | None = None, engine: Path | None = None
+) -> Outcome:
     """One run, told as it goes on; rows of evidence where they are asked for."""
     chosen = random.SystemRandom().randrange(1 << 48) if seed is None else seed
     print(f"linear: seed {chosen}, {seconds} s", flush=True)
@@ -85,7 +87,10 @@ async def run(root: Path, seconds: int = SECONDS, seed: int | None = None) -> Ou
     outcome = Outcome(chosen)
     try:
         program = await asyncio.to_thread(judging.program)
-        await Run(folder, outcome, seconds, program).run()
+        try:
+            await Run(folder, outcome, seconds, program, engine).run()
+        except E2eError as error:
+            outcome.problems.append(f"not finished: {error}")
         if not outcome.holds or "TERCET_KEEP" in os.environ:
             _keep(folder, root / "build" / f"linear-{chosen}", outcome)
     finally:
@@ -97,11 +102,14 @@ async def run(root: Path, seconds: int = SECONDS, seed: int | None = None) -> Ou
 class Run:
     """One run in a folder."""
 
-    def __init__(self, folder: Path, outcome: Outcome, seconds: int, program: Path) -> None:
+    def __init__(
+        self, folder: Path, outcome: Outcome, seconds: int, program: Path, engine: Path | None
+    ) -> None:
         self._folder = folder
         self._outcome = outcome
         self._seconds = seconds
         self._program = program
+        self._engine = engine
         self._histories = folder / "histories"
         self._histories.mkdir()
 
@@ -112,7 +120,11 @@ class Run:
             ends = [*NODES, *HABITS, filling.HOST]
             network = await stack.enter_async_context(Network(ends, out.seed))
             cluster = LocalCluster(
-                self._folder / "c", device_bytes=DEVICE_BYTES, network=network, csi=False
+                self._folder / "c",
+                device_bytes=DEVICE_BYTES,
+                network=network,
+                csi=False,
+                engine=self._engine,
             )
             await stack.enter_async_context(cluster)
             await cluster.wait_ready()
