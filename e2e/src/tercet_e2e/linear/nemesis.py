@@ -7,8 +7,8 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 
 from tercet_e2e import faults
 from tercet_e2e.bench.fleet import Fleet, primary
@@ -34,6 +34,9 @@ SIGNALS: Mapping[Kind, signal.Signals] = {
     Kind.ENGINE_ENDED: signal.SIGTERM,
 }
 """Of the others: SIGSTOP, and SIGCONT at the end."""
+
+UNANSWERED_S = 0.05
+"""Before a host is killed: longer than most operations take, shorter than it waits."""
 
 
 def resolved(
@@ -115,17 +118,16 @@ class Nemesis:
         if fault.kind in PIECES:
             await self._signal(fault, who)
         elif fault.kind is Kind.HOST_KILLED:
-            await self._hosts[who].kill()
+            async with self._links(number, resolved(fault.links, members)):
+                await asyncio.sleep(UNANSWERED_S)
+                await self._hosts[who].kill()
             await asyncio.sleep(fault.lasts_s)
             await self._hosts[who].begin()
         elif fault.kind is Kind.DISK_FULL:
             await self._filler.fill(fault.lasts_s)
         else:
-            self._weather[number] = resolved(fault.links, members)
-            await self._set_weather()
-            await asyncio.sleep(fault.lasts_s)
-            del self._weather[number]
-            await self._set_weather()
+            async with self._links(number, resolved(fault.links, members)):
+                await asyncio.sleep(fault.lasts_s)
 
     async def _signal(self, fault: Fault, who: str) -> None:
         number = SIGNALS.get(fault.kind, signal.SIGSTOP)
@@ -139,6 +141,16 @@ class Nemesis:
                 for pid in pids:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
+
+    @asynccontextmanager
+    async def _links(self, number: int, links: dict[LinkName, Link]) -> AsyncIterator[None]:
+        self._weather[number] = links
+        await self._set_weather()
+        try:
+            yield
+        finally:
+            self._weather.pop(number, None)
+            await self._set_weather()
 
     async def _set_weather(self) -> None:
         links: dict[LinkName, Link] = {}

@@ -41,7 +41,8 @@ class Kind(StrEnum):
     AGENT_KILLED = "agent killed"
     API_STOPPED = "API server stands still"
     HOST_KILLED = "host killed"
-    """It comes again with its name, in a second life (H3)."""
+    """After a moment without answers, so that nobody knows what became of its commands; it comes
+    again with its name, in a second life (H3)."""
     CUT = "one-way cuts"
     PRIMARY_PARTED = "primary parted"
     """One way or both, with one host on its side; in half of the draws deaf to the API as well."""
@@ -84,7 +85,9 @@ def plan(seed: int, seconds: float, hosts: Sequence[str]) -> list[Fault]:
     ]
     for at_s, kind in _times(draw, seconds, tuple(_LASTS_S), (2.0, 6.0)):
         least_s, most_s = _LASTS_S[kind]
-        found.append(Fault(at_s, draw.uniform(least_s, most_s), kind, _who(draw, kind, hosts)))
+        who = _who(draw, kind, hosts)
+        links = _unanswered(who) if kind is Kind.HOST_KILLED else ()
+        found.append(Fault(at_s, draw.uniform(least_s, most_s), kind, who, links))
     if seconds >= FULL_RUN_MIN_S:
         at_s = FULL_AT * min(seconds, FULL_EVERY_S)
         while at_s < seconds * 0.8:
@@ -126,6 +129,10 @@ def _who(draw: random.Random, kind: Kind, hosts: Sequence[str]) -> str:
     if kind is Kind.HOST_KILLED:
         return draw.choice(hosts)
     return draw.choices(MEMBERS, weights=(4, 1, 1))[0]
+
+
+def _unanswered(host: str) -> Links:
+    return tuple((link_name(member, host), Link(cut=True)) for member in MEMBERS)
 
 
 def _both(one: str, other: str, link: Link) -> Links:
