@@ -45,7 +45,7 @@ class Kind(StrEnum):
     again with its name, in a second life (H3)."""
     CUT = "one-way cuts"
     PRIMARY_PARTED = "primary parted"
-    """One way or both, with one host on its side; in half of the draws deaf to the API as well."""
+    """One way or both, with one host on its side; in three of four draws deaf to the API, too."""
     HOST_PARTED = "host parted"
     """From all members but one."""
     DELAY = "delays"
@@ -80,7 +80,7 @@ def plan(seed: int, seconds: float, hosts: Sequence[str]) -> list[Fault]:
         Kind.LOSS: lambda: _losses(draw, hosts),
     }
     found = [
-        Fault(at_s, draw.uniform(1.0, 4.0), kind, links=weather[kind]())
+        Fault(at_s, draw.uniform(*_WEATHER_S.get(kind, (1.0, 4.0))), kind, links=weather[kind]())
         for at_s, kind in _times(draw, seconds, tuple(weather), (3.0, 7.0))
     ]
     for at_s, kind in _times(draw, seconds, tuple(_LASTS_S), (2.0, 6.0)):
@@ -104,6 +104,12 @@ _LASTS_S: dict[Kind, tuple[float, float]] = {
     Kind.AGENT_KILLED: (0, 0),
     Kind.API_STOPPED: (2, 7),
     Kind.HOST_KILLED: (0.1, 1.5),
+}
+
+
+_WEATHER_S: dict[Kind, tuple[float, float]] = {
+    # A takeover and a while in which both think that they lead.
+    Kind.PRIMARY_PARTED: (2.5, 5.0),
 }
 
 
@@ -161,7 +167,7 @@ def _parted(draw: random.Random, hosts: Sequence[str]) -> Links:
     for far in rest:
         links += [(link_name(primary, far), cut)] if way != "in" else []
         links += [(link_name(far, primary), cut)] if way != "out" else []
-    if draw.random() < 0.5:  # nor does it hear of the next one by its agent
+    if draw.random() < 0.75:  # nor does it hear of the next one by its agent
         links.append((link_name(API, primary), cut))
     # Whom the primary serves does not hear of the next one.
     for other in others:
