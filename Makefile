@@ -16,7 +16,7 @@ CARGO := cargo --color=never
 MANIFEST := --manifest-path node-daemon/Cargo.toml
 PACKAGES := crds operator csi node-daemon cli e2e
 
-.PHONY: help demo test lint fmt generate lock bench report wheels images e2e-kind e2e-kind-smoke conformance clean install
+.PHONY: help demo test soak lint fmt generate lock bench report wheels images e2e-kind e2e-kind-smoke conformance clean install
 
 help:  ## show this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -26,6 +26,9 @@ demo: install  ## a volume survives the loss of its node, told step by step (roo
 
 test: install  ## every tier of docs/testing.md, with a table of their times (root)
 	$(BIN)/python -m tercet_e2e test
+
+soak: install  ## ten minutes of linear, 10,000 simulated seeds, the long model check (root; docs/testing.md)
+	$(BIN)/python -m tercet_e2e soak
 
 lint: install  ## formats, types, clippy, import arrows, generated files, size limits
 	$(BIN)/python -m tercet_e2e test --tier lint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from tercet_e2e.bench import failover
 from tercet_e2e.bench import run as benchmark
 from tercet_e2e.docker import commands as docker
 from tercet_e2e.errors import E2eError
+from tercet_e2e.linear import run as linearity
 from tercet_e2e.story import demo as story
 
 app = typer.Typer(
@@ -30,7 +32,15 @@ def run_tiers(
     tier: Annotated[str | None, typer.Option(help="Only this one.")] = None,
 ) -> None:
     """Run the tiers of tests; the last lines are a table of their times."""
-    raise typer.Exit(tiers.run(tier, Path.cwd()))
+    raise typer.Exit(tiers.run(tier, Path.cwd(), tiers.tiers()))
+
+
+@app.command()
+def soak(
+    part: Annotated[str | None, typer.Option(help="Only this one.")] = None,
+) -> None:
+    """Run what takes long: linear, simulation, model check, each for many minutes."""
+    raise typer.Exit(tiers.run(part, Path.cwd(), tiers.soak()))
 
 
 @app.command()
@@ -73,6 +83,24 @@ def bench(
 ) -> None:
     """Measure what speed depends on, beside its floor; writes rows into build/bench.json."""
     raise typer.Exit(asyncio.run(benchmark.run(Path.cwd(), suite, trials)))
+
+
+@app.command()
+def linear(
+    seconds: Annotated[int, typer.Option(min=10, help="Of faults.")] = linearity.SECONDS,
+    seed: Annotated[int | None, typer.Option(help="Of the faults; else a fresh one.")] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="Another build of tercet-engine: a canary's.")
+    ] = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="json: the last line.")] = "text",
+) -> None:
+    """Judge whether what hosts are told by real processes under faults is linearizable."""
+    outcome = asyncio.run(linearity.run(Path.cwd(), seconds, seed, engine))
+    if output == "json":
+        print(json.dumps(outcome.as_json()))
+    else:
+        print("\n".join(linearity.told(outcome)))
+    raise typer.Exit(0 if outcome.holds else 1)
 
 
 @app.command(name="report")

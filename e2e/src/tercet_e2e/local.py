@@ -14,9 +14,9 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import tercet_api
 from tercet_api.names import API_VERSION, CSI_DRIVER, NAMESPACE, STORAGENODES
@@ -39,6 +39,21 @@ AGENT_PORT, AGENT_HTTP, CSI_NODE_HTTP, ATTACH_HTTP = 4423, 9808, 9809, 9810
 STATUS_FILE = "status.json"
 PIECES = (faults.SUPERVISOR, "agent", "attach", "csi-node")
 """Of a node; the first has the engine."""
+ENGINE_PIECES = PIECES[:2]
+"""Those that serve volumes."""
+
+
+class Wiring(Protocol):
+    """A network that parts nodes from each other (`linear.network`)."""
+
+    def address(self, name: str) -> str:
+        """Of a node."""
+
+    def enter(self, name: str) -> list[str]:
+        """The start of a command line whose process lives on that node."""
+
+    async def relay(self, port: int) -> None:
+        """Let 127.0.0.1:port of every node lead to that of this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +159,9 @@ class LocalCluster:
     volumes_max: how many volumes each node takes at a time; none for the driver's own default.
     replace_after_s: how long a node may be away before its replicas are rebuilt on others; none
     for the operator's own default.
+    network: parts what is Tercet's on the nodes; none: all of it shares the machine's loopback.
+    csi: with the CSI services, sidecars and attachers; without, volumes are for hosts of one's own.
+    engine: another build of tercet-engine than the installed one.
     """
 
     def __init__(
@@ -154,11 +172,17 @@ class LocalCluster:
         device_bytes: int = DEVICE_BYTES,
         volumes_max: int | None = None,
         replace_after_s: float | None = None,
+        network: Wiring | None = None,
+        csi: bool = True,
+        engine: Path | None = None,
         binaries: Binaries | None = None,
         progress: Progress = print,
         remove: bool = False,
     ) -> None:
-        self.base = Cluster(root, binaries=binaries, progress=progress, remove=remove)
+        self.base = Cluster(root, binaries=binaries, progress=progress, remove=remove, sidecars=csi)
+        self._network = network
+        self._with_csi = csi
+        self._engine = engine
         self._node_count = nodes
         self._device_bytes = device_bytes
         self._volumes_max = volumes_max
@@ -168,6 +192,8 @@ class LocalCluster:
 
     async def __aenter__(self) -> Self:
         self._programs = Programs.find()
+        if self._engine is not None:
+            self._programs = replace(self._programs, engine=self._engine)
         await self.base.__aenter__()
         try:
             await self._start()
@@ -218,6 +244,8 @@ class LocalCluster:
         # Kinds and the namespace before what is of that kind or in it.
         await self.base.applier.apply([*kinds, *crds, *packaged("tercet.yaml"), *roles])
         names = [f"node-{number}" for number in range(1, self._node_count + 1)]
+        if self._network is not None:
+            await self._network.relay(self.base.control_plane.addresses.api)
         await asyncio.gather(
             self._start_cluster_pieces(),
             *(self._start_node(name, f"zone-{name[-1]}") for name in names),
@@ -227,23 +255,32 @@ class LocalCluster:
     async def _start_cluster_pieces(self) -> None:
         base = self.base
         operator = await account_kubeconfig(base.kube, base.control_plane, "tercet-operator")
-        controller = await account_kubeconfig(
-            base.kube, base.control_plane, "tercet-csi-controller"
-        )
-        socket = self.controller_socket
         argv: list[str | Path] = [self._programs.operator, "--kubeconfig", operator]
         argv += ["--namespace", NAMESPACE, "--http", f"{LOCALHOST}:{base.ports.take()}"]
         if self._replace_after_s is not None:
             argv += ["--replace-after", str(self._replace_after_s)]
         await base.processes.start(Program(process_name("operator"), argv))
-        argv = [self._programs.csi, "controller", "--kubeconfig", controller]
+        if self._with_csi:
+            await self._start_controller()
+
+    async def _start_controller(self) -> None:
+        base, socket = self.base, self.controller_socket
+        controller = await account_kubeconfig(
+            base.kube, base.control_plane, "tercet-csi-controller"
+        )
+        argv: list[str | Path] = [self._programs.csi, "controller", "--kubeconfig", controller]
         argv += ["--endpoint", f"unix://{socket}", "--http", f"{LOCALHOST}:{base.ports.take()}"]
         await base.processes.start(Program(process_name("csi-controller"), argv))
         await base.add_sidecars(socket)
 
     async def _start_node(self, name: str, zone: str) -> None:
         base = self.base
-        node = await base.add_node(name, zone)
+        node = await base.add_node(name, zone, drivers=self._with_csi)
+        enter: list[str] = []
+        if self._network is not None:
+            enter = self._network.enter(name)
+            # The kubelet's stays where it is: it is no part of what the network parts.
+            node = base.nodes[name] = replace(node, address=self._network.address(name))
         for folder in ("devices", "engine", "agent", "attach", "csi"):
             (node.folder / folder).mkdir(exist_ok=True)
         await self.register(name)
@@ -252,7 +289,9 @@ class LocalCluster:
         )
         pieces = node_programs(node, self._programs, kubeconfig, self._volumes_max)
         self._pieces[name] = {
-            part: Program(process_name(part, name), argv) for part, argv in pieces
+            part: Program(process_name(part, name), [*enter, *argv])
+            for part, argv in pieces
+            if self._with_csi or part in ENGINE_PIECES
         }
         await self.revive(name, tuple(self._pieces[name]))
 
@@ -288,9 +327,10 @@ class LocalCluster:
         write_atomically(self.state.root / STATUS_FILE, json.dumps(status))
 
     async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Waits until every StorageNode is Ready and the CSI driver is on every node."""
+        """Waits until every StorageNode is Ready and the CSI driver, if any, is on every node."""
         started_s = time.monotonic()
-        await asyncio.gather(*(self.base.wait_driver(name, CSI_DRIVER) for name in self.nodes))
+        if self._with_csi:
+            await asyncio.gather(*(self.base.wait_driver(name, CSI_DRIVER) for name in self.nodes))
         waiting: list[str] = []
         while time.monotonic() - started_s < timeout_s:
             found = await self.base.kube.list(group(API_VERSION, STORAGENODES))

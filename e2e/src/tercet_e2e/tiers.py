@@ -123,16 +123,39 @@ def tiers() -> tuple[Tier, ...]:
                 pytest("-m", "kind and not kubelet", "--provider", "local", "e2e/tests/kind"),
             ),
         ),
+        Tier(
+            "linear",
+            "real processes parted by wires, two minutes of faults, judged by Porcupine",
+            (
+                ("go", "-C", "e2e/tools/linearizable", "test", "-mod=readonly", "./..."),
+                (sys.executable, "-m", "tercet_e2e", "linear", "--seconds", "120"),
+            ),
+        ),
         Tier("demo", "the story, checked", ((sys.executable, "-m", "tercet_e2e", "demo"),)),
     )
 
 
-def run(chosen: str | None, root: Path) -> int:
+def soak() -> tuple[Tier, ...]:
+    """What `make soak` runs: the same things, for long."""
+    sim = cargo("run", "-q", "--profile", "sim", "-p", "tercet-sim", "--", "run")
+    model = cargo("run", "-q", "--profile", "sim", "-p", "tercet-model", "--", "run", "--long")
+    return (
+        Tier(
+            "linear",
+            "ten minutes of faults on real processes",
+            ((sys.executable, "-m", "tercet_e2e", "linear", "--seconds", "600"),),
+        ),
+        Tier("simulation", "10,000 fresh seeds", ((*sim, "--seeds", "10000", "--jobs", "2"),)),
+        Tier("model", "every state within the bounds of all spaces", (model,)),
+    )
+
+
+def run(chosen: str | None, root: Path, known: tuple[Tier, ...]) -> int:
     """Run one tier or all; prints the table and `N passed, N failed`. Returns the exit code."""
     console = Console()
-    wanted = [tier for tier in tiers() if chosen in (None, tier.name)]
+    wanted = [tier for tier in known if chosen in (None, tier.name)]
     if not wanted:
-        console.print(f"no tier {chosen!r}; there are {', '.join(t.name for t in tiers())}")
+        console.print(f"no tier {chosen!r}; there are {', '.join(t.name for t in known)}")
         return 2
     build = root / "build"
     build.mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ from tercet_node.protos import engine_pb2
 from tercet_node.protos.engine_pb2_grpc import EngineStub
 
 HOST = "bench"
+BLOCK_BYTES = 4096
 AT_ONCE = 20
 TIMEOUT_S = 120.0
 HAND_OVER_TIMEOUT_S = 10.0
@@ -102,13 +103,16 @@ class Fleet:
             lambda: all(is_whole(self.volume(n)) for n in names),
         )
 
-    async def make(self, names: Sequence[str], size_bytes: int) -> None:
-        """Make volumes and wait until they are whole."""
+    async def make(
+        self, names: Sequence[str], size_bytes: int, hosts: Sequence[str] = (HOST,)
+    ) -> None:
+        """Make volumes that let these hosts in, and wait until they are whole."""
         slots = asyncio.Semaphore(AT_ONCE)
 
         async def one(name: str) -> None:
             async with slots:
-                await self.kube.create(group(API_VERSION, VOLUMES), _manifest(name, size_bytes))
+                manifest = _manifest(name, size_bytes, hosts)
+                await self.kube.create(group(API_VERSION, VOLUMES), manifest)
 
         await asyncio.gather(*(one(name) for name in names))
         await self.whole(names)
@@ -121,19 +125,34 @@ class Fleet:
             await self.kube.delete(path)
         await self.until("the volumes are gone", lambda: not any(map(self.volume, names)))
 
-    def arguments(self, name: str, size_bytes: int) -> list[str]:
-        """tercet-attach's, for the host of a volume that writes at random at depth 1.
+    def arguments(
+        self,
+        name: str,
+        size_bytes: int,
+        host: str = HOST,
+        block_bytes: int = BLOCK_BYTES,
+        depth: int = 1,
+    ) -> list[str]:
+        """tercet-attach's, for a host of a volume that writes at random.
 
         Every node is an endpoint, so that a member that comes later has a path as well: hosts of
         pods learn it from the csi node, which this host does without.
         """
-        found = ["bench", "--rw", "write", "--random", "--depth", "1", "--block-bytes", "4096"]
-        found += ["--nqn", volume_nqn(self.volume(name)["spec"]["uuid"])]
-        found += ["--host-nqn", host_nqn(HOST), "--host-id", host_id(HOST)]
+        found = ["bench", "--rw", "write", "--random", "--depth", str(depth)]
+        found += ["--block-bytes", str(block_bytes), "--nqn", self.nqn(name)]
+        found += ["--host-nqn", host_nqn(host), "--host-id", host_id(host)]
         found += ["--span-bytes", str(size_bytes), "--log-format", "json"]
-        for node in self.cluster.nodes.values():
-            found += ["--endpoint", f"{node.address}:4420"]
+        for endpoint in self.endpoints():
+            found += ["--endpoint", endpoint]
         return found
+
+    def nqn(self, name: str) -> str:
+        """Of a volume."""
+        return volume_nqn(self.volume(name)["spec"]["uuid"])
+
+    def endpoints(self) -> list[str]:
+        """Where the nodes serve hosts."""
+        return [f"{node.address}:4420" for node in self.cluster.nodes.values()]
 
     async def hand_over(self, name: str, to_node: str | None = None) -> None:
         """Ask the engine that leads a volume to hand it over (T10), as a drain does."""
@@ -158,13 +177,12 @@ def _named(watcher: Watcher, name: str) -> Json:
     return next(found, {})
 
 
-def _manifest(name: str, size_bytes: int) -> Json:
-    host = {"nodeName": "node-1", "hostNQN": host_nqn(HOST)}
+def _manifest(name: str, size_bytes: int, hosts: Sequence[str]) -> Json:
     spec = {
         "uuid": str(uuid.uuid4()),
         "sizeBytes": size_bytes,
         "replicas": 3,
-        "attachments": [host],
+        "attachments": [{"nodeName": "node-1", "hostNQN": host_nqn(host)} for host in hosts],
     }
     metadata = {"name": name}
     return {"apiVersion": API_VERSION, "kind": "Volume", "metadata": metadata, "spec": spec}

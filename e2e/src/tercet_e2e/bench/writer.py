@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -99,6 +99,16 @@ class Writer:
             if time.monotonic() > deadline_s:
                 raise BenchError(f"a host's writes stand still for {timeout_s:.0f} s")
             await self._more(LINE_TIMEOUT_S)
+
+    async def until(self, what: str, look: Callable[[Window], bool], timeout_s: float) -> None:
+        """Wait for a window that looks so. Raises BenchError."""
+        deadline_s = time.monotonic() + timeout_s
+        seen = 0
+        while not any(look(window) for window in self.windows[seen:]):
+            seen = len(self.windows)
+            if time.monotonic() > deadline_s:
+                raise BenchError(f"not after {timeout_s:.0f} s: {what}")
+            await self._more(timeout_s)
 
     def first(self, since_ns: int) -> int:
         """The end of the first window after `since_ns` with writes that ended."""

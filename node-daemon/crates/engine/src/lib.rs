@@ -7,6 +7,8 @@
 
 pub mod args;
 pub mod attach;
+#[cfg(feature = "canary")]
+pub mod canary;
 pub mod control;
 pub mod core;
 pub mod host;

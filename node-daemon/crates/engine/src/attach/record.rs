@@ -1,12 +1,14 @@
 //! The recorder: random operations of a host's clients on the first blocks of a volume, and each
 //! thing asked and told written down with its time, for a judge of linearizability.
 //!
-//! Each client does one operation after the other. A line is in the file (in the kernel, so that a
-//! killed recorder loses none) before its command is sent; a response has the time at which it was
-//! seen. All times are of one clock that every process of the machine shares. A write fills its
-//! blocks with a value that no other write of any recorder has, so that a read tells which write it
-//! saw; zero is a block of zeroes, [`TORN`] one that nobody wrote so. A command that the host sends
-//! again over another path may have taken effect the first time: the line `again` says so.
+//! Each client does one operation after the other. Every second one only reads, so that somebody
+//! still asks a primary that commits nothing any more (L1): the others soon wait for a write there.
+//! A line is in the file (in the kernel, so that a killed recorder loses none) before its command is
+//! sent; a response has the time at which it was seen. All times are of one clock that every process
+//! of the machine shares. A write fills its blocks with a value that no other write of any recorder
+//! has, so that a read tells which write it saw; zero is a block of zeroes, [`TORN`] one that nobody
+//! wrote so. A command that the host sends again over another path may have taken effect the first
+//! time: the line `again` says so.
 //!
 //! Lines are JSON: `{"at", "op", "do": "read"|"write"|"zero", "block", "blocks"}` when an operation
 //! begins; `{"at", "op", "is": "again"|"done"|"failed"}` after, with `values` of a read or `why`.
@@ -39,10 +41,11 @@ const SPAN_MAX: u32 = 4;
 const HOT_BLOCKS: u64 = 8;
 /// How long those stay the same.
 const HOT_NS: u64 = 2_000_000_000;
-/// Of a hundred operations: about hot blocks; writes; writes of zeroes.
+/// Of a hundred operations: about hot blocks; of those of a client that writes: writes of zeroes;
+/// of any kind.
 const HOT_PERCENT: u32 = 75;
-const WRITE_PERCENT: u32 = 45;
-const ZERO_PERCENT: u32 = 3;
+const ZERO_PERCENT: u32 = 5;
+const WRITE_PERCENT: u32 = 75;
 
 /// Why a history ends.
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +160,7 @@ impl Recorder<'_> {
         self.next_op += 1;
         let op = u64::from(self.record.writer) << 32 | u64::from(self.next_op);
         let range = self.draw();
-        let what = self.random.random_range(0..100);
+        let what = if client % 2 == 1 { 100 } else { self.random.random_range(0..100) };
         let (name, operation) = if what < ZERO_PERCENT {
             ("zero", Operation::WriteZeroes(range, self.random.random()))
         } else if what < WRITE_PERCENT {

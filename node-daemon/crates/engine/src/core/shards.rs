@@ -120,7 +120,12 @@ impl Core {
         let mut store = tercet_store::Options::new(self.arena.clone());
         store.expect = Some(expect);
         store.scrub = Some(ScrubPace::default());
-        let options = Options::new(store);
+        #[cfg_attr(not(feature = "canary"), allow(unused_mut))]
+        let mut options = Options::new(store);
+        #[cfg(feature = "canary")]
+        {
+            options.canary = crate::canary::from_environment();
+        }
         if blank(&mut file, &self.arena)? {
             info!(shard = identity.shard, "a fresh device: it is formatted");
             let format = FormatOptions {
