@@ -15,8 +15,8 @@ use std::time::{Duration, Instant as Clock};
 use bytes::{Bytes, BytesMut};
 use tercet_nvmf::auth::RANDOM_BYTES;
 use tercet_nvmf::target::{
-    Ana, AssociationId, CloseReason, CntlidRange, Command, CommandError, ConnectionId, Done,
-    Effect, HostIdentity, Refusal, Target,
+    Ana, AssociationId, CloseReason, CntlidRange, Command, CommandError, ConnectionId, Effect,
+    HostIdentity, Refusal, Target,
 };
 use tercet_proto::{BLOCK_BYTES, Instant, Token, VolumeId};
 
