@@ -281,7 +281,8 @@ impl Replica {
                 self.start_read((id, token, met_bad), range, command, cx)
             }
             HostCommand::CompareWrite(range, ..) => {
-                if primary.overlap(range).is_some() || self.is_comparing(range) {
+                let waits = primary.overlap(range).is_some() || self.is_comparing(range);
+                if waits && !canary!(cx.options, CompareAtOnce) {
                     return Ran::Hold(command); // L1
                 }
                 self.start_read((id, token, met_bad), range, command, cx)

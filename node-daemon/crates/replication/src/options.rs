@@ -147,6 +147,8 @@ pub enum Canary {
     EmptyReplica,
     /// M1: while members change the new set's majority is enough.
     NewSetAlone,
+    /// L1: a fused compare-and-write waits for nothing that overlaps it.
+    CompareAtOnce,
 }
 
 /// Everything a [`crate::Node`] is told at its start.

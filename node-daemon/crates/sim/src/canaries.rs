@@ -101,6 +101,7 @@ pub fn all() -> Vec<Bird> {
         Replication R::AdoptOwn 100,
         Replication R::EmptyReplica 0,
         Replication R::NewSetAlone 300,
+        Replication R::CompareAtOnce 30,
         Store S::SkipFlush 30,
         Store S::TornTailForDamage 60,
         Store S::ReuseFreedEarly 0,

@@ -4,7 +4,8 @@
 //! was never answered may or may not have taken effect, at most once, and no later than the
 //! operation that settled it (rule H3). The search is Wing and Gong's with Lowe's memo: reads of
 //! the present value are taken at once (that never hurts), writes branch. Stamps are unique but
-//! for zeroes.
+//! for zeroes. A fused compare-and-write is a write that needs the value it expects, one that found
+//! another a read of anything else.
 //!
 //! Not checked: order between blocks (snapshots check it, see `snapshots.rs`), and that a command of
 //! several blocks is one step (the NVM command set does not promise it).
@@ -26,6 +27,44 @@ pub enum Action {
     Write(Stamp),
     /// Found this.
     Read(Stamp),
+    /// Found `expected` and set `stamp`, in one step (L1).
+    Swap {
+        /// What it compared with.
+        expected: Stamp,
+        /// What it wrote.
+        stamp: Stamp,
+    },
+    /// Found anything but this.
+    Differs(Stamp),
+}
+
+impl Action {
+    /// What it set, if it took effect.
+    pub fn written(&self) -> Option<Stamp> {
+        match *self {
+            Self::Write(stamp) | Self::Swap { stamp, .. } => Some(stamp),
+            Self::Read(_) | Self::Differs(_) => None,
+        }
+    }
+
+    /// What it shows to have been there.
+    fn found(&self) -> Option<Stamp> {
+        match *self {
+            Self::Read(stamp) => Some(stamp),
+            Self::Swap { expected, .. } => Some(expected),
+            Self::Write(_) | Self::Differs(_) => None,
+        }
+    }
+
+    /// The value after it, where `value` was before; none when it cannot come there.
+    fn after(&self, value: Stamp) -> Option<Stamp> {
+        match *self {
+            Self::Write(stamp) => Some(stamp),
+            Self::Read(stamp) => (stamp == value).then_some(value),
+            Self::Swap { expected, stamp } => (expected == value).then_some(stamp),
+            Self::Differs(expected) => (expected != value).then_some(value),
+        }
+    }
 }
 
 /// One operation on one block.
@@ -90,26 +129,17 @@ impl Histories {
 /// # Errors
 /// Why there is no linearization.
 pub fn check_block(ops: &[Op]) -> Result<(), String> {
-    let seen: HashSet<Stamp> = ops
-        .iter()
-        .filter_map(|op| match op.action {
-            Action::Read(stamp) => Some(stamp),
-            Action::Write(_) => None,
-        })
-        .collect();
-    let mut ops: Vec<Op> = ops
-        .iter()
-        .filter(|op| match op.action {
-            Action::Write(stamp) => op.answered || seen.contains(&stamp),
-            Action::Read(_) => true,
-        })
-        .copied()
-        .collect();
+    let found: HashSet<Stamp> =
+        ops.iter().filter(|op| op.answered).filter_map(|op| op.action.found()).collect();
+    // What was never answered and never found may be left out, unless it may be what made a
+    // compare differ.
+    let compared = ops.iter().any(|op| matches!(op.action, Action::Differs(_)));
+    let is_found = |op: &Op| op.action.written().is_some_and(|stamp| found.contains(&stamp));
+    let mut ops: Vec<Op> =
+        ops.iter().filter(|op| op.answered || compared || is_found(op)).copied().collect();
     for op in &mut ops {
-        // A unique stamp that somebody read was written; zeroes may come from elsewhere.
-        if let Action::Write(stamp) = op.action {
-            op.answered |= stamp != Stamp::ZERO;
-        }
+        // A unique stamp that somebody found was written; zeroes may come from elsewhere.
+        op.answered |= is_found(op) && op.action.written() != Some(Stamp::ZERO);
     }
     ops.sort_by_key(|op| (op.invoked, op.ended));
     Search::new(&ops).run()
@@ -159,7 +189,7 @@ impl<'a> Search<'a> {
             }
             self.remember(&state);
             for index in self.candidates(&state) {
-                if let Action::Write(value) = self.ops[index].action {
+                if let Some(value) = self.ops[index].action.after(state.value) {
                     let mut next = state.clone();
                     self.place(&mut next, index);
                     next.value = value;
@@ -212,12 +242,25 @@ impl<'a> Search<'a> {
 
     fn take_reads(&self, state: &mut State) {
         loop {
-            let read = self.candidates(state).into_iter().find(
-                |index| matches!(self.ops[*index].action, Action::Read(v) if v == state.value),
-            );
+            let read =
+                self.candidates(state).into_iter().find(|index| match self.ops[*index].action {
+                    Action::Read(value) => value == state.value,
+                    Action::Differs(other) => other != state.value && !self.shuts(state, *index),
+                    Action::Write(_) | Action::Swap { .. } => false,
+                });
             let Some(index) = read else { return };
             self.place(state, index);
         }
+    }
+
+    /// Whether an optional operation could not take effect any more once this one has: then it may
+    /// have to come before, though nobody has found what it wrote.
+    fn shuts(&self, state: &State, index: usize) -> bool {
+        let invoked = self.ops[index].invoked;
+        let open = |i: &usize| !is_placed(state, *i) && !self.is_past(state, *i);
+        (state.from..self.ops.len())
+            .filter(open)
+            .any(|i| !self.ops[i].answered && self.ops[i].ended < invoked)
     }
 
     fn remember(&mut self, state: &State) {
@@ -236,16 +279,18 @@ fn is_placed(state: &State, index: usize) -> bool {
 }
 
 fn story(op: &Op) -> String {
-    let (verb, stamp) = match op.action {
-        Action::Write(stamp) => ("write", stamp),
-        Action::Read(stamp) => ("read", stamp),
+    let what = match op.action {
+        Action::Write(stamp) => format!("write {stamp}"),
+        Action::Read(stamp) => format!("read {stamp}"),
+        Action::Swap { expected, stamp } => format!("compare {expected}, write {stamp}"),
+        Action::Differs(expected) => format!("compare {expected}, which differed"),
     };
     let end = match (op.answered, op.ended) {
         (_, NEVER) => "never answered".to_owned(),
         (true, end) => format!("{:.6} s", seconds(end)),
         (false, end) => format!("unanswered, settled {:.6} s", seconds(end)),
     };
-    format!("#{} {verb} {stamp} [{:.6} s, {end}]", op.id, seconds(op.invoked))
+    format!("#{} {what} [{:.6} s, {end}]", op.id, seconds(op.invoked))
 }
 
 /// Virtual nanoseconds as seconds.
@@ -306,6 +351,34 @@ mod tests {
         let unanswered = [write(1, 2, 7), write(3, NEVER, 0), read(5, 6, 7), read(8, 9, 0)];
         check_block(&unanswered).unwrap();
         check_block(&[write(1, 2, 7), read(5, 6, 7), read(8, 9, 0)]).unwrap_err();
+    }
+
+    fn swap(invoked: u64, ended: u64, expected: u64, stamp: u64) -> Op {
+        op(invoked, ended, Action::Swap { expected: Stamp(expected), stamp: Stamp(stamp) })
+    }
+
+    fn differs(invoked: u64, ended: u64, expected: u64) -> Op {
+        op(invoked, ended, Action::Differs(Stamp(expected)))
+    }
+
+    #[test]
+    fn of_two_swaps_of_one_value_one_succeeds() {
+        check_block(&[write(1, 2, 7), swap(3, 9, 7, 8), differs(4, 9, 7)]).unwrap();
+        check_block(&[write(1, 2, 7), swap(3, 9, 7, 8), swap(4, 9, 7, 9)]).unwrap_err();
+        check_block(&[write(1, 2, 7), swap(3, 9, 7, 8), swap(4, 9, 8, 9)]).unwrap();
+        check_block(&[write(1, 2, 7), differs(3, 4, 7)]).unwrap_err();
+    }
+
+    #[test]
+    fn an_unanswered_swap_that_nobody_found_may_be_what_made_a_compare_differ() {
+        let lost = swap(3, NEVER, 7, 8);
+        check_block(&[write(1, 2, 7), lost, differs(4, 5, 7)]).unwrap();
+        check_block(&[write(1, 2, 7), lost, differs(4, 5, 7), read(6, 7, 7)]).unwrap_err();
+        let settled = Op { answered: false, ..swap(3, 4, 7, 8) };
+        let other = differs(6, 9, 6); // as good before the lost one as after it
+        check_block(&[write(1, 2, 7), settled, other, differs(8, 9, 7)]).unwrap();
+        check_block(&[write(1, 2, 7), settled, read(6, 7, 7), differs(8, 9, 7)]).unwrap_err();
+        check_block(&[write(1, 2, 7), lost, write(4, 5, 9), differs(6, 7, 7)]).unwrap();
     }
 
     #[test]

@@ -249,6 +249,7 @@ impl World {
         let (host, life, volume, node) = (c.host, c.host_life, c.volume, c.node);
         let mount = self.mount(host, life, volume).expect("it had a path");
         for number in sent.into_iter().rev() {
+            mount.commands.get_mut(&number).expect("it is not answered").lost_copy = true;
             mount.queue.push_front(number);
         }
         self.host_reconnect(host, life, volume, node);

@@ -56,6 +56,10 @@ probes! {
     CommandRetried,
     /// a delayed earlier copy of a command that was tried elsewhere reached a node (H2)
     LateCopy,
+    /// a compare-and-write found what it expected (L1)
+    CompareWrote,
+    /// a compare-and-write found something else (L1)
+    CompareDiffered,
     /// a demotion ended an association (H4)
     AssociationEnded,
     /// an association was kept over a promotion (H4)

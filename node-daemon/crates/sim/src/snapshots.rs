@@ -217,12 +217,8 @@ impl World {
         let (mut lacks, mut lacks_by) = (NEVER, (0, Stamp::ZERO));
         for (block, stamp) in blocks {
             let ops = self.histories.of_block(volume, *block);
-            let writes = || {
-                ops.iter().filter_map(|op| match op.action {
-                    Action::Write(written) => Some((written, op)),
-                    Action::Read(_) => None,
-                })
-            };
+            let writes =
+                || ops.iter().filter_map(|op| op.action.written().map(|written| (written, op)));
             if *stamp == Stamp::ZERO && writes().any(|(written, _)| written == Stamp::ZERO) {
                 continue;
             }

@@ -16,6 +16,9 @@ use crate::world::World;
 /// Blocks of neighbours that one host of a shared volume writes.
 const OWNED_BLOCKS: u64 = 8;
 
+/// One write in so many is a fused compare-and-write, where the host knows what to expect.
+const COMPARED_EVERY: u64 = 4;
+
 /// What an operation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -23,6 +26,8 @@ pub enum Kind {
     Read,
     /// Write, with the stamp of its blocks.
     Write(Stamp),
+    /// A fused compare-and-write of one block: what it expects, and the stamp that it writes.
+    CompareWrite(Stamp, Stamp),
     /// Write zeroes or deallocate.
     Zero(bool),
     /// Flush.
@@ -38,6 +43,8 @@ pub struct Command {
     invoked: u64,
     /// How often it was sent.
     pub tries: u32,
+    /// A copy of it was sent that was never answered: it may have taken effect.
+    pub lost_copy: bool,
 }
 
 impl Command {
@@ -45,25 +52,44 @@ impl Command {
     pub fn wire(&self) -> HostCommand {
         match self.kind {
             Kind::Read => HostCommand::Read(self.range),
-            Kind::Write(stamp) => {
-                let mut bytes = Vec::with_capacity(self.range.bytes());
-                for block in self.range.start..self.range.end() {
-                    stamp::encode(stamp, block, &mut bytes);
-                }
-                HostCommand::Write(self.range, Bytes::from(bytes))
+            Kind::Write(stamp) => HostCommand::Write(self.range, self.bytes(stamp)),
+            Kind::CompareWrite(expected, stamp) => {
+                HostCommand::CompareWrite(self.range, self.bytes(expected), self.bytes(stamp))
             }
             Kind::Zero(discard) => HostCommand::Zero(self.range, discard),
             Kind::Flush => HostCommand::Flush,
         }
     }
 
+    fn bytes(&self, stamp: Stamp) -> Bytes {
+        let mut bytes = Vec::with_capacity(self.range.bytes());
+        for block in self.range.start..self.range.end() {
+            stamp::encode(stamp, block, &mut bytes);
+        }
+        Bytes::from(bytes)
+    }
+
     fn ops(&self, ended: u64, answered: bool) -> Vec<(u64, Op)> {
-        let stamp = match self.kind {
-            Kind::Write(stamp) => stamp,
-            Kind::Zero(_) => Stamp::ZERO,
+        let action = match self.kind {
+            Kind::Write(stamp) => Action::Write(stamp),
+            Kind::CompareWrite(expected, stamp) => Action::Swap { expected, stamp },
+            Kind::Zero(_) => Action::Write(Stamp::ZERO),
             Kind::Read | Kind::Flush => return Vec::new(),
         };
-        let action = Action::Write(stamp);
+        self.ops_of(action, ended, answered)
+    }
+
+    /// What a compare that differed shows: unless a lost copy of it may be what it met.
+    fn differed(&self, ended: u64) -> Vec<(u64, Op)> {
+        match self.kind {
+            Kind::CompareWrite(expected, _) if !self.lost_copy => {
+                self.ops_of(Action::Differs(expected), ended, true)
+            }
+            _ => self.ops(ended, false),
+        }
+    }
+
+    fn ops_of(&self, action: Action, ended: u64, answered: bool) -> Vec<(u64, Op)> {
         let op = Op { invoked: self.invoked, ended, answered, action, id: self.number };
         (self.range.start..self.range.end()).map(|block| (block, op)).collect()
     }
@@ -79,6 +105,10 @@ pub struct Work {
     pub answered: u64,
     /// Blocks with a write in flight.
     writing: BTreeMap<u64, u32>,
+    /// Blocks with compare-and-writes in flight: several at once, for one of them to succeed.
+    comparing: BTreeMap<u64, u32>,
+    /// What this host has last found or written.
+    known: BTreeMap<u64, Stamp>,
     /// Writes of an earlier boot, settled by the first answer of this one (rule H3).
     unsettled: Vec<Command>,
 }
@@ -92,6 +122,8 @@ impl Work {
             going: false,
             answered: 0,
             writing: BTreeMap::new(),
+            comparing: BTreeMap::new(),
+            known: BTreeMap::new(),
             unsettled: Vec::new(),
         }
     }
@@ -105,22 +137,65 @@ impl Work {
         Self { sharers: of_volume.len() as u64, share: share as u64, going: true, ..Self::idle() }
     }
 
-    fn may_write(&self, range: BlockRange) -> bool {
+    fn may_change(&self, kind: Kind, range: BlockRange) -> bool {
+        let compares = matches!(kind, Kind::CompareWrite(..));
         (range.start..range.end()).all(|block| {
             (block / OWNED_BLOCKS) % self.sharers == self.share
                 && !self.writing.contains_key(&block)
+                && (compares || !self.comparing.contains_key(&block))
         })
     }
 
-    fn mark(&mut self, range: BlockRange) {
-        for block in range.start..range.end() {
-            *self.writing.entry(block).or_default() += 1;
+    /// What becomes of a write where the host knows the block: now and then it compares first.
+    fn compared(&self, kind: Kind, range: BlockRange) -> Kind {
+        match (kind, self.known.get(&range.start)) {
+            (Kind::Write(stamp), Some(known))
+                if range.count == 1
+                    && *known != Stamp::ZERO
+                    && stamp.0.is_multiple_of(COMPARED_EVERY) =>
+            {
+                Kind::CompareWrite(*known, stamp)
+            }
+            _ => kind,
         }
     }
 
-    fn unmark(&mut self, range: BlockRange) {
-        for block in range.start..range.end() {
-            self.writing.remove(&block);
+    fn mark(&mut self, command: &Command) {
+        for block in command.range.start..command.range.end() {
+            match command.kind {
+                Kind::Read | Kind::Flush => {}
+                Kind::Write(_) | Kind::Zero(_) => *self.writing.entry(block).or_default() += 1,
+                Kind::CompareWrite(..) => *self.comparing.entry(block).or_default() += 1,
+            }
+        }
+    }
+
+    fn unmark(&mut self, command: &Command) {
+        let marks = match command.kind {
+            Kind::Read | Kind::Flush => return,
+            Kind::Write(_) | Kind::Zero(_) => &mut self.writing,
+            Kind::CompareWrite(..) => &mut self.comparing,
+        };
+        for block in command.range.start..command.range.end() {
+            // A command of an earlier boot is forgotten with its marks.
+            if let Some(count) = marks.get_mut(&block) {
+                *count -= 1;
+                if *count == 0 {
+                    marks.remove(&block);
+                }
+            }
+        }
+    }
+
+    /// What the host knows of blocks by an answer.
+    fn learn(&mut self, command: &Command, done: &HostDone) {
+        let stamp = match (command.kind, done) {
+            (Kind::Write(stamp) | Kind::CompareWrite(_, stamp), HostDone::Ok) => stamp,
+            (Kind::Zero(_), HostDone::Ok) => Stamp::ZERO,
+            _ => return,
+        };
+        for block in command.range.start..command.range.end() {
+            self.known.insert(block, stamp);
         }
     }
 }
@@ -170,14 +245,14 @@ impl World {
             _ => Kind::Read,
         };
         let work = &mut self.hosts[host].mounts.get_mut(&volume).expect("mounted").work;
-        let kind = match kind {
-            Kind::Write(_) | Kind::Zero(_) if !work.may_write(range) => Kind::Read,
+        let kind = match work.compared(kind, range) {
+            Kind::Flush => Kind::Flush,
+            kind if !work.may_change(kind, range) => Kind::Read,
             kind => kind,
         };
-        if matches!(kind, Kind::Write(_) | Kind::Zero(_)) {
-            work.mark(range);
-        }
-        self.begin_command(host, volume, Command { number, kind, range, invoked: 0, tries: 0 });
+        let command = Command { number, kind, range, invoked: 0, tries: 0, lost_copy: false };
+        work.mark(&command);
+        self.begin_command(host, volume, command);
     }
 
     fn begin_command(&mut self, host: usize, volume: usize, mut command: Command) {
@@ -200,7 +275,7 @@ impl World {
             let number = self.histories.next_number();
             let range = BlockRange { start, count: 1 };
             let kind = Kind::Read;
-            let command = Command { number, kind, range, invoked: 0, tries: 0 };
+            let command = Command { number, kind, range, invoked: 0, tries: 0, lost_copy: false };
             self.begin_command(host, volume, command);
         }
     }
@@ -212,7 +287,7 @@ impl World {
                 let op = self.histories.of_block(volume, block).first()?;
                 match op.action {
                     Action::Read(stamp) => Some((block, stamp)),
-                    Action::Write(_) => None,
+                    Action::Write(_) | Action::Swap { .. } | Action::Differs(_) => None,
                 }
             })
             .collect()
@@ -230,24 +305,29 @@ impl World {
             let settled = std::mem::take(&mut work.unsettled);
             ops.extend(settled.iter().flat_map(|command| command.ops(now, false)));
         }
-        match command.kind {
-            Kind::Write(_) | Kind::Zero(_) => work.unmark(command.range),
-            Kind::Read | Kind::Flush => {}
-        }
-        ops.extend(command.ops(now, true));
+        work.unmark(&command);
+        work.learn(&command, &done);
+        let differed =
+            matches!((command.kind, &done), (Kind::CompareWrite(..), HostDone::Differs(_)));
+        ops.extend(if differed { command.differed(now) } else { command.ops(now, true) });
         for (block, op) in ops {
             self.histories.add(volume, block, op);
         }
         self.ops_done += 1;
         self.note(number);
         match done {
-            HostDone::Data(pieces) => self.note_read(volume, &command, &pieces),
-            HostDone::Ok if command.kind != Kind::Read => {}
+            HostDone::Data(pieces) => self.note_read(host, volume, &command, &pieces),
+            HostDone::Ok if command.kind != Kind::Read => {
+                if matches!(command.kind, Kind::CompareWrite(..)) {
+                    self.probe(Probe::CompareWrote);
+                }
+            }
+            HostDone::Differs(_) if differed => self.probe(Probe::CompareDiffered),
             other => self.violate(format!("#{number} {:?} was answered {other:?}", command.kind)),
         }
     }
 
-    fn note_read(&mut self, volume: usize, command: &Command, pieces: &[Bytes]) {
+    fn note_read(&mut self, host: usize, volume: usize, command: &Command, pieces: &[Bytes]) {
         let bytes = pieces.concat();
         let (number, range) = (command.number, command.range);
         if command.kind != Kind::Read || bytes.len() != range.bytes() {
@@ -263,6 +343,8 @@ impl World {
             let (invoked, ended) = (command.invoked, self.now);
             let action = Action::Read(stamp);
             seen.push(stamp.0);
+            let mount = self.hosts[host].mounts.get_mut(&volume).expect("it has a path");
+            mount.work.known.insert(block, stamp);
             self.histories.add(
                 volume,
                 block,
@@ -272,14 +354,23 @@ impl World {
         self.tell(|_| format!("volume {volume}: #{number} read {range:?} as {seen:?}"));
     }
 
-    /// A command failed, which never happens while a member can become primary; but a read of a
-    /// block that has gone bad and that no other member can give, until it is repaired (C4).
+    /// A command failed, which never happens while a member can become primary; but a read or a
+    /// compare of a block that has gone bad and that no other member can give, until it is repaired
+    /// (C4).
     pub fn command_failed(&mut self, host: usize, volume: usize, number: u64, error: HostError) {
-        let reads = self.hosts[host].mounts[&volume].commands[&number].kind == Kind::Read;
+        let kind = self.hosts[host].mounts[&volume].commands[&number].kind;
+        let reads = matches!(kind, Kind::Read | Kind::CompareWrite(..));
         if reads && error == HostError::Media && self.decay.on && !self.decay.mended {
             self.probe(Probe::ReadFailed);
+            let now = self.now;
             let mount = self.hosts[host].mounts.get_mut(&volume).expect("looked at");
-            mount.commands.remove(&number);
+            let command = mount.commands.remove(&number).expect("looked at");
+            mount.work.unmark(&command);
+            if command.lost_copy {
+                for (block, op) in command.ops(now, false) {
+                    self.histories.add(volume, block, op);
+                }
+            }
             return;
         }
         let mount = &self.hosts[host].mounts[&volume];
@@ -293,6 +384,7 @@ impl World {
         mount.queue.clear();
         let commands = std::mem::take(&mut mount.commands);
         mount.work.writing.clear();
+        mount.work.comparing.clear();
         let sent: Vec<Command> = commands
             .into_values()
             .filter(|command| command.tries > 0 && !command.ops(0, false).is_empty())

@@ -4,6 +4,7 @@
 #![allow(dead_code, clippy::doc_markdown, reason = "each test uses its part")]
 
 pub mod client;
+mod memory;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -14,10 +15,12 @@ use std::time::{Duration, Instant as Clock};
 use bytes::{Bytes, BytesMut};
 use tercet_nvmf::auth::RANDOM_BYTES;
 use tercet_nvmf::target::{
-    Ana, AssociationId, CloseReason, CntlidRange, Command, CommandError, ConnectionId, Done,
-    Effect, HostIdentity, Refusal, Target,
+    Ana, AssociationId, CloseReason, CntlidRange, Command, CommandError, ConnectionId, Effect,
+    HostIdentity, Refusal, Target,
 };
 use tercet_proto::{BLOCK_BYTES, Instant, Token, VolumeId};
+
+use memory::Memory;
 
 thread_local! {
     static CLOCK: Cell<(Duration, Clock)> = Cell::new((Duration::ZERO, Clock::now()));
@@ -100,7 +103,7 @@ pub struct Node {
     listener: TcpListener,
     wires: BTreeMap<ConnectionId, Wire>,
     next_connection: u64,
-    pub blocks: Vec<u8>,
+    pub blocks: Memory,
     /// Associations and whose they are.
     pub hosts: BTreeMap<AssociationId, HostIdentity>,
     /// Commands that are kept back while set (a slow or paused member).
@@ -130,7 +133,7 @@ impl Node {
             listener,
             wires: BTreeMap::new(),
             next_connection: 0,
-            blocks: vec![0; blocks as usize * BLOCK_BYTES],
+            blocks: Memory::new(blocks),
             hosts: BTreeMap::new(),
             holds: false,
             held: Vec::new(),
@@ -251,7 +254,7 @@ impl Node {
                 if self.holds {
                     self.held.push((association, token, command));
                 } else {
-                    let result = Ok(self.run(command));
+                    let result = Ok(self.blocks.run(command));
                     self.target.done(association, token, result, now(), more);
                 }
             }
@@ -268,7 +271,7 @@ impl Node {
         self.holds = false;
         let mut effects = Vec::new();
         for (association, token, command) in std::mem::take(&mut self.held) {
-            let result = Ok(self.run(command));
+            let result = Ok(self.blocks.run(command));
             self.target.done(association, token, result, now(), &mut effects);
         }
         self.execute(effects);
@@ -283,40 +286,6 @@ impl Node {
             self.target.done(association, token, result, now(), &mut effects);
         }
         self.execute(effects);
-    }
-
-    fn run(&mut self, command: Command) -> Done {
-        let slice = |start: u64, count: u32| {
-            let start = start as usize * BLOCK_BYTES;
-            start..start + count as usize * BLOCK_BYTES
-        };
-        match command {
-            Command::Read(range) => {
-                let data = &self.blocks[slice(range.start, range.count)];
-                // In two pieces, as committed but unapplied blocks would come.
-                let (front, back) = data.split_at(data.len() / 2);
-                Done::Data(vec![Bytes::copy_from_slice(front), Bytes::copy_from_slice(back)])
-            }
-            Command::Write(range, data) => {
-                self.blocks[slice(range.start, range.count)].copy_from_slice(&data);
-                Done::Ok
-            }
-            Command::Zero(range, _) => {
-                self.blocks[slice(range.start, range.count)].fill(0);
-                Done::Ok
-            }
-            Command::Flush => Done::Ok,
-            Command::CompareWrite(range, data, payload) => {
-                let done = self.run(Command::Compare(range, data));
-                if done == Done::Ok { self.run(Command::Write(range, payload)) } else { done }
-            }
-            Command::Compare(range, data) => {
-                let blocks = &self.blocks[slice(range.start, range.count)];
-                let differs = blocks.iter().zip(&data).position(|(have, want)| have != want);
-                differs
-                    .map_or(Done::Ok, |at| Done::Differs(range.start + (at / BLOCK_BYTES) as u64))
-            }
-        }
     }
 
     pub fn set_ana(&mut self, ana: Ana) {

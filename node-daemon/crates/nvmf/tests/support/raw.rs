@@ -3,6 +3,8 @@
 //! features, queues out of order.
 #![allow(dead_code, clippy::doc_markdown, reason = "each test uses its part")]
 
+mod memory;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
@@ -18,6 +20,8 @@ use tercet_nvmf::target::{
 };
 use tercet_nvmf::{BLOCK_BYTES, QUEUE_ENTRIES_MAX, TRANSFER_BYTES_MAX};
 use tercet_proto::{Instant, Token, VolumeId};
+
+use memory::Memory;
 
 pub const START: Instant = Instant(1_000_000_000);
 pub const BLOCKS: u64 = 4096;
@@ -161,7 +165,7 @@ pub enum Reply {
 pub struct Raw {
     pub target: Target,
     pub now: Instant,
-    pub blocks: Vec<u8>,
+    pub blocks: Memory,
     framers: BTreeMap<ConnectionId, Framer>,
     pub replies: BTreeMap<ConnectionId, Vec<Reply>>,
     pub closed: BTreeMap<ConnectionId, CloseReason>,
@@ -192,7 +196,7 @@ impl Raw {
         Self {
             target,
             now: START,
-            blocks: vec![0; blocks as usize * BLOCK_BYTES],
+            blocks: Memory::new(blocks),
             framers: BTreeMap::new(),
             replies: BTreeMap::new(),
             closed: BTreeMap::new(),
@@ -409,35 +413,6 @@ impl Raw {
         if let Some(error) = self.fails {
             return Err(error);
         }
-        let slice = |start: u64, count: u32| {
-            let start = start as usize * BLOCK_BYTES;
-            start..start + count as usize * BLOCK_BYTES
-        };
-        Ok(match command {
-            Command::Read(range) => {
-                let data = &self.blocks[slice(range.start, range.count)];
-                Done::Data(vec![Bytes::copy_from_slice(data)])
-            }
-            Command::Write(range, data) => {
-                self.blocks[slice(range.start, range.count)].copy_from_slice(&data);
-                Done::Ok
-            }
-            Command::Zero(range, _) => {
-                self.blocks[slice(range.start, range.count)].fill(0);
-                Done::Ok
-            }
-            Command::Flush => Done::Ok,
-            Command::Compare(range, data) => {
-                let blocks = &self.blocks[slice(range.start, range.count)];
-                if blocks == &data[..] { Done::Ok } else { Done::Differs(range.start) }
-            }
-            Command::CompareWrite(range, data, payload) => {
-                let done = self.run(Command::Compare(range, data))?;
-                match done {
-                    Done::Ok => self.run(Command::Write(range, payload))?,
-                    differs => differs,
-                }
-            }
-        })
+        Ok(self.blocks.run(command))
     }
 }
