@@ -14,12 +14,13 @@ import pytest
 from tercet_cli.sim import plots
 from tercet_cli.sim.command import app
 from tercet_cli.sim.experiment import Algorithm, Case, run_jobs, run_step, run_trial, write_csv
-from tercet_cli.sim.failures import Peace, run_death, run_peace
-from tercet_cli.sim.membership import table_cases
+from tercet_cli.sim.failures import Failing, Peace, run_death, run_peace
+from tercet_cli.sim.membership import peace_parts, table_cases
 from tercet_cli.sim.rounds import Loss, Network, Order, Policy, Sure
 from tercet_cli.sim.scale import VARIANTS, Asynchronous, rounds_until, run_scale
 from tercet_cli.sim.statistics import estimate, five_trials
 from tercet_cli.sim.walk import walk
+from tercet_node.membership import Nid
 
 SMALL = 16
 POPCORN = (Policy.PROBE, Policy.ACTIVE, Policy.LOWER)
@@ -232,9 +233,28 @@ def test_peace_has_no_alarm_and_a_ladder_that_falls():
     assert peace.alarms == 0
     assert peace.tries[2] > peace.tries[3]
     assert 0.0 < peace.alarms_a_day() < 1.0
+    assert peace == run_peace(20, 0.1, 1, 0.02), "by seed"
     both = run_peace(20, 0.1, 2, 0.02)
     both.add(peace)
     assert both.seconds == pytest.approx(2 * peace.seconds)
+
+
+def test_day_is_hours_of_their_own_seeds_however_many_work_on_them():
+    day = peace_parts(100, 0.1, 24.0)
+    assert [(seed, hours) for _, _, seed, hours in day] == [(seed, 1.0) for seed in range(24)]
+    assert [part[3] for part in peace_parts(100, 0.1, 1.5)] == [1.0, 0.5]
+
+
+def test_false_alarm_is_counted_once_however_many_are_told():
+    """A node nobody hears for a while: it lives, so each judgement that is made of it is wrong."""
+    network = Failing(20, 0.0, "alarm")
+    network.run(3.0)
+    network.cut = {Nid(7)}
+    network.run(6.0)
+    wrong = {who for (who, about), alive in network.judged.items() if about == 7 and not alive}
+    assert len(wrong) == 19
+    by_7 = sum(who == 7 and not alive for (who, _), alive in network.judged.items())
+    assert 1 <= network.counts.alarms - by_7 <= 2, "its two neighbours at most"
 
 
 def test_ladder_says_what_alarms_would_be():

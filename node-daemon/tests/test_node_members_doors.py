@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tercet_e2e.evidence import record
 from tercet_e2e.swarm import PORT, Authority, Site, Swarm, until
-from tercet_node.members import link, mesh
+from tercet_node.members import link, mesh, runner
 from tercet_node.members.figures import Figures
 from tercet_node.members.link import Link
 from tercet_node.members.tls import contexts
@@ -69,7 +69,8 @@ class Caller:
 @pytest.fixture
 async def house(tmp_path, monkeypatch):
     """Node 0 of four. 2 and 3 are whoever a test makes of them; at 1 there is nobody."""
-    monkeypatch.setattr(mesh, "SWEEP_EVERY_S", 0.1)
+    monkeypatch.setattr(runner, "HOUSE_EVERY_S", 0.1)
+    monkeypatch.setattr(runner, "HOUSE_LATE_S", 0.0)
     site = Site(tmp_path, 4)
     async with Swarm(tmp_path) as swarm:
         site.member = await swarm.start(0)
@@ -101,6 +102,17 @@ async def test_who_has_certificate_and_entry_is_let_in_and_answered(house):
     async with call(house) as caller:
         await caller.say(Hello(house.entries[2]), Probe(7, 0))
         assert (await caller.answer(7)).entry == house.entries[0]
+
+
+async def test_a_step_that_fails_ends_the_node_and_leaves_no_half_of_it(house):
+    """Its timer was not set again: it answered, and watched nobody any more."""
+
+    def broken(event, now_s):
+        raise AssertionError("an invariant")
+
+    house.member.runner.node.step = broken
+    await until(house.member.task.done, WAIT_S)
+    assert house.member.task.exception().subgroup(AssertionError) is not None
 
 
 async def test_another_clusters_certificate_is_refused(house):

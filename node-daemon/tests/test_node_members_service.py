@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from node_members_world import WAIT_S, World, enrolment, node_object
 
 from tercet_e2e.swarm import Authority, Site, Swarm, until
+from tercet_node.certificates import PAIR_FILE
 from tercet_node.members import keep, service
 from tercet_node.members.keep import Kept, Spoilt
 from tercet_node.members.roster import Trust, entry_of, host_port
@@ -59,6 +61,55 @@ async def test_an_agent_that_starts_while_the_api_server_is_away_goes_on(world):
         await until(lambda: len(world.members) == 4, WAIT_S)
 
 
+async def test_a_removed_node_that_starts_while_the_api_server_is_away_knows_that_it_is_none(world):
+    """The file was not written once the node's machine had ended: it came back as a member."""
+    world.show(0, 1, 2)
+    await until(lambda: len(world.members) == 3, WAIT_S)
+    await until((world.folder / keep.FILE).exists, WAIT_S)
+    await until(lambda: len(keep.load(world.folder).members) == 3, WAIT_S)
+    stone = world.site.authority.entry(0, world.site.host(0), 2, State.GONE)
+    world.register = world.register.model_copy(update={"gone": [enrolment(stone)]})
+    world.show(gone=True)
+    await until(lambda: world.membership.runner is None, WAIT_S)
+    await until(lambda: 0 not in keep.load(world.folder).members, WAIT_S)
+    await world.stop()
+    world.away = True
+    await world.start()
+    await asyncio.sleep(0.2)
+    assert world.membership.runner is None
+
+
+async def test_a_certificate_file_that_cannot_be_read_ends_nothing(world):
+    """A node goes on with the certificate it has; one that has none yet waits. Neither dies."""
+    pem = (world.folder / PAIR_FILE).read_bytes()
+    (world.folder / PAIR_FILE).unlink()
+    world.show(0, 1)
+    await until(lambda: len(world.members) == 2, WAIT_S)
+    async with Swarm(world.site.folder) as swarm:
+        await swarm.start(1)
+        await until(lambda: refused(world, "too-many") > 0, WAIT_S)
+        world.held.renew(pem)
+        await until(lambda: connections(world) == 1, WAIT_S)
+        world.held.current = replace(world.held.current)  # another one, as it seems
+        (world.folder / PAIR_FILE).write_bytes(pem[:100])
+        await swarm.kill(1)
+        await until(lambda: connections(world) == 0, WAIT_S)
+        await swarm.start(1)
+        await until(lambda: connections(world) == 1, WAIT_S)
+    assert not world.task.done()
+
+
+def refused(world, reason):
+    return (
+        world.registry.get_sample_value("tercet_membership_refused_total", {"reason": reason})
+        or 0.0
+    )
+
+
+def connections(world):
+    return world.registry.get_sample_value("tercet_membership_connections")
+
+
 async def test_a_spoilt_file_is_as_good_as_none(world):
     world.show(0, 1)
     await until((world.folder / keep.FILE).exists, WAIT_S)
@@ -103,11 +154,12 @@ async def test_a_node_that_was_removed_itself_ends_and_comes_again_under_another
 async def test_a_new_address_is_listened_on(world):
     world.show(0)
     await until(lambda: world.membership.runner is not None, WAIT_S)
+    before = world.membership.runner
     moved = world.site.authority.entry(0, world.site.host(3), 2)
     world.membership.observe([node_object("n0", moved)])
     await until(
         lambda: (
-            world.membership.runner is not None
+            world.membership.runner not in (None, before)
             and world.membership.runner.own == moved
             and world.membership.runner.mesh.listening.is_set()
         ),

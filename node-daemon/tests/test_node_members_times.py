@@ -32,9 +32,10 @@ from tercet_node.membership import AddNoProp, Judged, Suspected, sign
 
 WINDOWS_MAX = 10
 WINDOW_S = 3.0
-WAKE_UPS_MAX_S = 15.0
-ANY_RUN = 2.0
-"""What a daemon may take beside the source's share in any run."""
+WAKE_UPS_S_MAX = 7.0
+"""Six for two neighbours (asks, is answered, is asked, each twice), and one for all else."""
+SHARED_CORE = 2.0
+"""How much dearer a wake-up may be on a core that others use as well."""
 
 
 def evidence(what, took, most_s, judged=statistics.median):
@@ -94,9 +95,10 @@ def wake_ups(pid: int) -> int:
 async def test_one_daemon_of_a_hundred_takes_next_to_no_processor(tmp_path):
     """One node in a process of its own, ninety-nine in another.
 
-    It wakes up 5 to 9 times a second, which differs from run to run and not within one (why is
-    open), and takes 0.04 % of a core for each: 0.23 % in one run and 0.36 in another on an idle
-    machine. The bound here is of what any run may take; `bench membership` has the source's.
+    What it takes is its wake-ups, 0.04 % of a core each, on a machine that does nothing else; one
+    that does makes them dearer (by how much, nobody promises), and more only where answers are late
+    for that. So how often it wakes is the promise that a busy machine cannot move: 4 to 8 times a
+    second it was, drawn by when the nodes had started, and 0.36 % of a core at the upper end.
     """
     Site(tmp_path, CLUSTER_NODES)
     async with (
@@ -111,12 +113,12 @@ async def test_one_daemon_of_a_hundred_takes_next_to_no_processor(tmp_path):
             before = wake_ups(watched.pid)
             shares.append(await cpu_percent(watched.pid, WINDOW_S))
             rates.append((wake_ups(watched.pid) - before) / WINDOW_S)
-            if shares[-1] <= CPU_PERCENT_MAX and rates[-1] <= WAKE_UPS_MAX_S:
+            if shares[-1] <= CPU_PERCENT_MAX and rates[-1] <= WAKE_UPS_S_MAX:
                 break
     over = sum(share > CPU_PERCENT_MAX for share in shares)
     record("membership: times 3 s at 0.32 % of a core", len(shares), over, WINDOW_S * len(shares))
-    assert min(rates) <= WAKE_UPS_MAX_S, rates
-    assert min(shares) <= ANY_RUN * CPU_PERCENT_MAX, shares
+    assert min(rates) <= WAKE_UPS_S_MAX, rates
+    assert min(shares) <= SHARED_CORE * CPU_PERCENT_MAX, shares
 
 
 def test_what_work_costs_beside_a_daemon_is_told_with_its_confidence():

@@ -24,7 +24,7 @@ from tercet_node.membership import (
     encode_message,
     size_bytes,
 )
-from tercet_node.membership.messages import MESSAGE_BYTES_MAX
+from tercet_node.membership.messages import MESSAGE_BYTES_MAX, SEQUENCE_MAX
 
 numbers = st.integers(0, (1 << 64) - 1)
 digests = st.integers(0, (1 << 128) - 1)
@@ -51,7 +51,11 @@ messages = st.one_of(
     st.builds(Ack, numbers, entries),
     st.builds(Relay, numbers, st.integers(0, 300)),
     st.builds(
-        Verdict, st.integers(0, 300), st.binary(min_size=16, max_size=16), numbers, st.booleans()
+        Verdict,
+        st.integers(0, 300),
+        st.binary(min_size=16, max_size=16),
+        st.integers(0, SEQUENCE_MAX),
+        st.booleans(),
     ),
     st.builds(Heard, st.integers(0, 300), numbers),
     st.builds(Hello, entries),
@@ -132,6 +136,16 @@ def test_judgement_is_one_of_two():
     raw = encode_message(Verdict(1, bytes(16), 3, alive=True))
     with pytest.raises(WireError, match="alive"):
         decode_message(raw[:-1] + b"\2")
+
+
+def test_judgement_has_a_next_one():
+    """Who contradicts takes the next sequence: it has to have a place in the bytes."""
+    raw = encode_message(Verdict(1, bytes(16), SEQUENCE_MAX, alive=False))
+    assert decode_message(raw).sequence == SEQUENCE_MAX
+    for sequence in (SEQUENCE_MAX + 1, (1 << 64) - 1):
+        at = len(raw) - 1 - 8
+        with pytest.raises(WireError, match="sequence"):
+            decode_message(raw[:at] + sequence.to_bytes(8, "big") + raw[-1:])
 
 
 def test_bytes_stay_what_they_are():

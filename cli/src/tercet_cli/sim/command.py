@@ -107,7 +107,7 @@ def failures(
         "0.0,0.05,0.1"
     ),
     deaths: Annotated[int, typer.Option(min=2, help="Deaths at each rate.")] = 200,
-    hours: Annotated[float, typer.Option(min=0.0, help="Hours without a death.")] = 2.0,
+    hours: Annotated[float, typer.Option(min=0.01, help="Hours without a death.")] = 2.0,
     jobs: Jobs = 1,
 ) -> None:
     """How soon a death is known to all, and how often one is imagined."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
 from itertools import product
+from math import ceil
 from pathlib import Path
 
 from rich.progress import track
@@ -33,12 +34,15 @@ from tercet_cli.sim.rounds import Loss, Order, Policy, Sure
 from tercet_cli.sim.scale import VARIANTS, Scale, Variant, run_scale
 from tercet_cli.sim.statistics import by_trial, estimate, five_trials
 from tercet_cli.sim.walk import LENGTH_MAX
+from tercet_node.membership.detector import TRIES_MAX
 
 TABLE_LENGTH = 85
 TABLE_RATE = 0.05
 CPU_S = 30.0
 SOURCE = {Algorithm.RANDOM: ("1.11", "3"), Algorithm.NEIGHBOURS: ("1.08", "2")}
 CHECKS = (Algorithm.RANDOM, Algorithm.NEIGHBOURS)
+HOURS_COLUMNS = ["seed", "seconds", "messages", "bytes", "alarms"]
+HOURS_COLUMNS += [f"after_{tries}" for tries in range(2, TRIES_MAX + 1)]
 
 
 def _collect(jobs: Sequence[Job], processes: int, what: str) -> list[Row]:
@@ -176,6 +180,11 @@ def _peace_job(job: tuple[int, float, int, float]) -> Peace:
     return run_peace(*job)
 
 
+def peace_parts(nodes: int, drop: float, hours: float) -> list[tuple[int, float, int, float]]:
+    """An hour is a part, with a seed of its own: the same ones however many work on them."""
+    return [(nodes, drop, seed, min(1.0, hours - seed)) for seed in range(ceil(hours))]
+
+
 def failures(
     out: Path, nodes: int, rates: Sequence[float], deaths: int, hours: float, processes: int
 ) -> list[Path]:
@@ -189,7 +198,7 @@ def failures(
             times = sorted(pool.map(_death_job, jobs, chunksize=4))
             at = (times[deaths // 2], times[deaths * 99 // 100], times[-1])
             shown.append([str(nodes), str(rate), str(deaths), *(f"{s:.2f} s" for s in at)])
-        parts = [(nodes, max(rates), seed, hours / processes) for seed in range(processes)]
+        parts = peace_parts(nodes, max(rates), hours)
         quiet = list(pool.map(_peace_job, parts))
     print_table(columns, shown)
     peace = Peace(0.0)
@@ -209,7 +218,14 @@ def failures(
     print_table(["FACT", "VALUE"], facts)
     _write(out / "failures.csv", columns, shown)
     _write(out / "peace.csv", ["fact", "value"], facts)
-    return [out / "failures.csv", out / "peace.csv"]
+    _write(out / "peace-hours.csv", HOURS_COLUMNS, map(_hour, range(len(quiet)), quiet))
+    return [out / "failures.csv", out / "peace.csv", out / "peace-hours.csv"]
+
+
+def _hour(seed: int, part: Peace) -> list[str]:
+    tries = [part.tries[k] for k in range(2, TRIES_MAX + 1)]
+    facts = (seed, part.seconds, part.messages, part.bytes, part.alarms, *tries)
+    return [str(fact) for fact in facts]
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

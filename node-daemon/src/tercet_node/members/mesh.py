@@ -38,7 +38,6 @@ HELLO_S = 3.0
 MESSAGE_S = 5.0
 """Within which a message that has begun must be whole."""
 IDLE_S = 300.0
-SWEEP_EVERY_S = 2.0
 WAITING_MAX = 64
 """Messages that wait for one call in progress."""
 PAUSE_S_MIN = 0.05
@@ -100,7 +99,6 @@ class Mesh:
         """Listen and keep the connections until cancelled."""
         async with asyncio.TaskGroup() as self._group:
             self._group.create_task(self._listen(), name="members-listen")
-            self._group.create_task(self._sweep(), name="members-sweep")
 
     def close(self) -> None:
         """End all connections; nothing is sent any more."""
@@ -338,17 +336,15 @@ class Mesh:
             if not (peer.link or peer.calling) and self._may_call(peer):
                 self._begin(to, peer)
 
-    async def _sweep(self) -> None:
-        while True:
-            # Somewhat spread, so that not all nodes of a cluster call at one time.
-            await asyncio.sleep(SWEEP_EVERY_S * random.uniform(0.75, 1.25))  # noqa: S311
-            self._prepare()
-            now_s = self._clock()
-            for link in tuple(self._links):
-                mute = link.peer is None and now_s - link.last_s > HELLO_S
-                stuck = link.begun_s is not None and now_s - link.begun_s > MESSAGE_S
-                if mute or stuck:
-                    self._refuse(link, "too-slow", link.peer)
-                elif now_s - link.last_s > IDLE_S:
-                    with contextlib.suppress(OSError):
-                        link.abort()
+    def sweep(self) -> None:
+        """Call whom there shall be a connection with; end those that are slow or idle."""
+        self._prepare()
+        now_s = self._clock()
+        for link in tuple(self._links):
+            mute = link.peer is None and now_s - link.last_s > HELLO_S
+            stuck = link.begun_s is not None and now_s - link.begun_s > MESSAGE_S
+            if mute or stuck:
+                self._refuse(link, "too-slow", link.peer)
+            elif now_s - link.last_s > IDLE_S:
+                with contextlib.suppress(OSError):
+                    link.abort()

@@ -1,7 +1,12 @@
 """One node's machine at work: gives it messages and time, does what it says.
 
 Owned by the event loop: a step is atomic, and nothing in it waits. Time is the loop's monotonic
-clock; there is one timer, set for when the machine wants to be woken.
+clock; there is one timer, set for when the machine wants to be woken. Waking up is what a daemon
+costs: so what is to be done now and then (connections, load, figures) is done when the node is
+awake anyway, and has no timers of its own.
+
+A step that fails has broken an invariant: the node ends, and with it its agent, which starts
+afresh. Going on would be a node that answers, and whose timer is gone.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import random
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +28,7 @@ from tercet_node.members.tls import Address, Contexts
 from tercet_node.membership import (
     Busy,
     Changed,
+    CommandError,
     Entry,
     Event,
     Introduce,
@@ -44,8 +51,12 @@ from tercet_node.membership.node import Outcome
 
 AFTER_CHANGE_S = 1.75
 """What is wrong is noticed within 2 s; the rest is for the message's way and a busy loop."""
-BUSY_EVERY_S = 10.0
-FIGURES_EVERY_S = 5.0
+HOUSE_EVERY_S = 2.0
+"""Connections, load and figures are looked after this often, somewhat spread, so that not all nodes
+of a cluster call at one time."""
+HOUSE_LATE_S = 1.0
+"""How long that waits for the node to be awake anyway."""
+PROCESSORS = os.cpu_count() or 1
 RUNNING = Settings(after_change_s=AFTER_CHANGE_S)
 
 log = structlog.get_logger(__name__)
@@ -82,6 +93,9 @@ class Runner:
         self.node = Node(machine, self._loop.time(), first_nonce=secrets.randbits(48))
         self.mesh = Mesh(self, contexts, figures)
         self._timer: asyncio.TimerHandle | None = None
+        self._house_s = self._loop.time() + HOUSE_EVERY_S
+        self._end: asyncio.Future[None] = self._loop.create_future()
+        """Only ever an error."""
         self._stopped = False
 
     @property
@@ -95,14 +109,13 @@ class Runner:
         return self.node.machine.list
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. Raises what a step has raised."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.mesh.run(), name="members-mesh")
-            group.create_task(self._look_at_load(), name="members-load")
-            group.create_task(self._show(), name="members-figures")
+            self._show()
             self._arm()
             try:
-                await self._loop.create_future()
+                await self._end
             finally:
                 # Before the others have ended: a message may come meanwhile.
                 self._stopped = True
@@ -116,9 +129,19 @@ class Runner:
         """Take an event and do what follows. Raises CommandError for commands only."""
         if self._stopped:
             return []
-        outcomes = self.node.step(event, self._loop.time())
-        for outcome in outcomes:
-            self._do(outcome)
+        now_s = self._loop.time()
+        try:
+            outcomes = self.node.step(event, now_s)
+            for outcome in outcomes:
+                self._do(outcome)
+        except CommandError:
+            raise
+        except Exception as error:
+            if not self._end.done():
+                self._end.set_exception(error)
+            raise
+        if now_s >= self._house_s:
+            self._keep_house(now_s)
         self._arm()
         return outcomes
 
@@ -203,39 +226,37 @@ class Runner:
     # ------------------------------------------------------------------ time
 
     def _arm(self) -> None:
-        wake_s = self.node.wake_s
+        wake_s = min(self.node.wake_s, self._house_s + HOUSE_LATE_S)
         if self._timer is not None:
             if self._timer.when() == wake_s:
                 return
             self._timer.cancel()  # a later one too: waking up for nothing costs more than a timer
             self._timer = None
-        if wake_s != float("inf"):
-            self._timer = self._loop.call_at(wake_s, self._tick)
+        self._timer = self._loop.call_at(wake_s, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         self.step(Tick())
 
-    async def _look_at_load(self) -> None:
-        """A busy node's checks move away from it."""
-        processors = os.cpu_count() or 1
-        while True:
-            await asyncio.sleep(BUSY_EVERY_S)
-            self.step(Busy(min(1.0, os.getloadavg()[0] / processors)))
+    def _keep_house(self, now_s: float) -> None:
+        spread = random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, no more
+        self._house_s = now_s + HOUSE_EVERY_S * spread
+        self.mesh.sweep()
+        self._show()
+        # A busy node's checks move away from it.
+        self.step(Busy(min(1.0, os.getloadavg()[0] / PROCESSORS)))
 
-    async def _show(self) -> None:
-        while True:
-            members, detector = self.members, self.node.detector
-            dead = detector.dead.bit_count()
-            suspected = len(detector.suspected)
-            for state, count in (
-                ("alive", len(members) - dead - suspected),
-                ("suspected", suspected),
-                ("dead", dead),
-            ):
-                self._figures.nodes.labels(state).set(count)
-            self._figures.locked.set(self.node.machine.locked)
-            await asyncio.sleep(FIGURES_EVERY_S)
+    def _show(self) -> None:
+        members, detector = self.members, self.node.detector
+        dead = detector.dead.bit_count()
+        suspected = len(detector.suspected)
+        for state, count in (
+            ("alive", len(members) - dead - suspected),
+            ("suspected", suspected),
+            ("dead", dead),
+        ):
+            self._figures.nodes.labels(state).set(count)
+        self._figures.locked.set(self.node.machine.locked)
 
 
 def _same_node(known: Entry | None, shown: Entry) -> bool:

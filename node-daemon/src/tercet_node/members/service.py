@@ -227,6 +227,8 @@ class Membership:
         finally:
             self.runner = None
             self._kept = Kept(me.nid, keys.trust, runner.members)
+            # A node that was removed shall know it when it starts while the API server is away.
+            self._unsaved.set()
         log.warning("no longer that member", nid=me.nid)
         self._changed()
 
@@ -266,13 +268,14 @@ class Membership:
         self._changed()
 
     def _tls(self) -> Contexts | None:
-        """Contexts of the present certificate."""
+        """Contexts of the present certificate; of the last one whose file could be read."""
         now = self._certificates.current
-        if now is None:
-            return None
-        if self._contexts is None or self._contexts[0] is not now:
-            self._contexts = (now, contexts(self._folder / PAIR_FILE, now.ca))
-        return self._contexts[1]
+        if now is not None and (self._contexts is None or self._contexts[0] is not now):
+            try:
+                self._contexts = (now, contexts(self._folder / PAIR_FILE, now.ca))
+            except (OSError, ValueError) as error:
+                log.warning("certificate cannot be read", folder=self._folder, error=str(error))
+        return None if self._contexts is None else self._contexts[1]
 
     # ------------------------------------------------------------------ tasks
 
@@ -306,10 +309,11 @@ class Membership:
             await self._unsaved.wait()
             await asyncio.sleep(SAVE_AFTER_S)
             self._unsaved.clear()
-            runner = self.runner
-            if runner is None:
+            runner, kept = self.runner, self._kept
+            if runner is not None:
+                kept = Kept(Nid(runner.own.nid), runner.keys.trust, runner.members)
+            if kept is None:
                 continue
-            kept = Kept(Nid(runner.own.nid), runner.keys.trust, runner.members)
             try:
                 await asyncio.to_thread(keep.save, self._folder, kept)
             except OSError as error:

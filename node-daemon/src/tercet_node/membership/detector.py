@@ -3,10 +3,14 @@
 Apart from the list on purpose: who belongs to the cluster is the authority's word and lasts; who
 answers is each moment's observation. A judgement never removes an entry.
 
-- A node probes its two neighbours on the ring of the living, so each node has two that watch it;
-  who is probed knows by that that the other lives, and need not ask. No answer in time: it is
-  suspected, and asked again and again, each time also through two others, so that neither a lost
-  message nor a bad link between two nodes makes a judgement. All of TRIES_MAX in vain: judged dead.
+- A node watches its two neighbours on the ring of the living, so each node has two that watch it.
+  It probes the next higher one; the next lower one probes it, and lives as long as it does so: it
+  is asked only when it has been silent for longer. No answer in time: who was asked is suspected,
+  and asked again and again, each time also through two others, so that neither a lost message nor
+  a bad link between two nodes makes a judgement. All of TRIES_MAX in vain: judged dead.
+- Who of two asks is the ring's word and not the first one's. Where it was the first one's, a node
+  woke up 4 to 8 times a second for its two neighbours, drawn by when they had started: both of a
+  pair asked if they had once asked together, and two of its own times to ask were two wake-ups.
 - A judgement goes to all down the tree of the living, each hop acknowledged and sent again. What is
   lost all the same is found by the probes: they carry a digest of the judgements, and who has
   others answers with its own.
@@ -14,6 +18,8 @@ answers is each moment's observation. A judgement never removes an entry.
   sequence; the higher sequence holds, of one sequence the death. A new instance starts afresh.
 - One of the dead is probed every DEAD_EVERY_S, another each time: so two halves of a cut network
   find each other again, although nobody on either side watches anybody on the other.
+
+Who answers is believed only if it was asked: the node itself, or one through which it was asked.
 
 Time from death to judgement: at most PROBE_EVERY_S + HEARD_GRACE_S + TRIES_MAX * TRY_S; then the
 tree's hops.
@@ -27,18 +33,22 @@ from dataclasses import dataclass, field
 
 from tercet_node.membership.entries import Entry, Nid
 from tercet_node.membership.events import Judged, Received, Send, Suspected, Tick
-from tercet_node.membership.messages import Ack, Heard, Message, Probe, Relay, Verdict
+from tercet_node.membership.messages import (
+    SEQUENCE_MAX,
+    Ack,
+    Heard,
+    Message,
+    Probe,
+    Relay,
+    Verdict,
+)
 from tercet_node.membership.nodelist import NodeList
 
 PROBE_EVERY_S = 0.5
 TRY_S = 0.15
 TRIES_MAX = 6
 HEARD_GRACE_S = 0.1
-"""A neighbour's own probe shows that it lives: ours waits this much longer than its next one, so
-that of two neighbours one probes and both know."""
-TOGETHER_S = 0.05
-"""Who is to be probed within this time is probed at once with the others: waking up is what a probe
-costs most."""
+"""How long after its next probe is due a neighbour that probes us may be silent."""
 RELAYS = 2
 DEAD_EVERY_S = 5.0
 RESEND_S = 0.1
@@ -57,10 +67,21 @@ Outcome = Send | Judged | Suspected
 class _Watch:
     """A neighbour that is probed."""
 
+    every_s: float
+    """From one sign of life to our next probe: longer where the neighbour is to probe us."""
     next_s: float
     tries: int = 0
-    """Probes in vain since the last answer."""
+    """Probes in vain since the last sign of life."""
     nonces: set[int] = field(default_factory=set)
+    through: set[Nid] = field(default_factory=set)
+    """Others that were asked to probe it for us."""
+
+    def lives(self, now_s: float) -> None:
+        """Something of it is here."""
+        self.tries = 0
+        self.nonces.clear()
+        self.through.clear()
+        self.next_s = now_s + self.every_s
 
 
 @dataclass(slots=True)
@@ -82,8 +103,8 @@ class Detector:
         self._members = members
         self._verdicts: dict[Nid, Verdict] = {}
         self._watches: dict[Nid, _Watch] = {}
-        self._relayed: dict[int, tuple[Nid, int]] = {}
-        """Nonce of ours: who asked, and with which nonce."""
+        self._relayed: dict[int, tuple[Nid, int, Nid]] = {}
+        """Nonce of ours: who asked, with which nonce, about whom."""
         self._unheard: dict[tuple[Nid, Nid], _Unheard] = {}
         """By (to whom, about whom)."""
         self._nonce = first_nonce
@@ -118,10 +139,12 @@ class Detector:
     @property
     def wake_s(self) -> float:
         """When it wants a Tick."""
-        times = [watch.next_s for watch in self._watches.values()]
-        times += [unheard.next_s for unheard in self._unheard.values()]
-        times += [self._dead_s] if len(self._living) < len(self._members) else []
-        return min(times, default=float("inf"))
+        soonest_s = float("inf") if self._living is self._members else self._dead_s
+        for watch in self._watches.values():
+            soonest_s = min(soonest_s, watch.next_s)
+        for unheard in self._unheard.values():
+            soonest_s = min(soonest_s, unheard.next_s)
+        return soonest_s
 
     def step(self, event: Received | Tick, now_s: float) -> list[Outcome]:
         """Take a message or the time."""
@@ -138,7 +161,9 @@ class Detector:
         self.me = self.me if own is None else own
         for nid, verdict in tuple(self._verdicts.items()):
             entry = members.get(nid)
-            if entry is None or entry.instance != verdict.instance:
+            # Of a removed node too: a node that starts now takes no judgement of it, and the two
+            # would tell each other of the difference with each probe for ever.
+            if entry is None or not entry.present or entry.instance != verdict.instance:
                 self._forget(nid)
         self._live(now_s)
 
@@ -151,20 +176,23 @@ class Detector:
             if nid not in neighbours:
                 del self._watches[nid]
         for nid in neighbours:
-            if nid not in self._watches:
-                # Spread over the period by nid, so that not all nodes probe at one time.
-                share = self.me.nid * 3 % 16 / 16
-                self._watches[nid] = _Watch(now_s + PROBE_EVERY_S * share)
+            every_s = PROBE_EVERY_S + (0.0 if self._asks(nid) else HEARD_GRACE_S)
+            watch = self._watches.get(nid)
+            if watch is not None:
+                watch.every_s = every_s
+                continue
+            # Spread over the period by nid, so that not all nodes probe at one time.
+            share = self.me.nid * 3 % 16 / 16
+            self._watches[nid] = _Watch(every_s, now_s + every_s * share)
+
+    def _asks(self, nid: Nid) -> bool:
+        """Whether this node probes that neighbour, and not the other way round."""
+        if len(self._living) <= 2:
+            return self.me.nid < nid
+        return self._living.next_from(self.me.nid + 1) == nid
 
     def _probes(self, now_s: float) -> Iterator[Outcome]:
-        if all(watch.next_s > now_s for watch in self._watches.values()):
-            return
-        soon_s = now_s + TOGETHER_S
-        due = [
-            (nid, watch)
-            for nid, watch in self._watches.items()
-            if watch.next_s <= (now_s if watch.tries else soon_s)
-        ]
+        due = [(nid, watch) for nid, watch in self._watches.items() if watch.next_s <= now_s]
         for nid, watch in due:
             if watch.tries == TRIES_MAX:
                 yield from self._judge(self._death(nid), now_s)
@@ -175,7 +203,9 @@ class Detector:
             if watch.tries == 1:
                 yield Suspected(nid, watch.tries)
             if watch.tries >= 1:
-                for through in self._others(nid, watch.tries):
+                others = self._others(nid, watch.tries)
+                watch.through.update(others)
+                for through in others:
                     yield Send(through, Relay(self._nonce, nid))
             watch.tries += 1
             watch.next_s = now_s + TRY_S
@@ -184,8 +214,8 @@ class Detector:
         if now_s < self._dead_s:
             return
         self._dead_s = now_s + DEAD_EVERY_S
-        dead = [nid for nid in self._members.nids() if nid not in self._living]
-        if dead:
+        if self._living is not self._members:
+            dead = [nid for nid in self._members.nids() if nid not in self._living]
             self._dead_turn += 1
             self._nonce += 1
             nid = dead[self._dead_turn % len(dead)]
@@ -211,11 +241,9 @@ class Detector:
                 yield Send(peer, Ack(nonce, self.me))
                 if digest != self._digest:
                     yield from self._tell(peer, nonce)
-                else:
-                    # Where they differ both go on asking: each is told what the other knows.
-                    self._heard(peer, now_s)
+                yield from self._heard(peer, now_s, same=digest == self._digest)
             case Ack(nonce, entry):
-                yield from self._answered(nonce, entry, now_s)
+                yield from self._answered(peer, nonce, entry, now_s)
             case Relay(nonce, nid):
                 yield from self._relay(peer, nonce, nid)
             case Verdict():
@@ -235,30 +263,42 @@ class Detector:
         for verdict in (found[at:] + found[:at])[:VERDICTS_PER_ANSWER]:
             yield Send(peer, verdict)
 
-    def _answered(self, nonce: int, entry: Entry, now_s: float) -> Iterator[Outcome]:
-        asked = self._relayed.pop(nonce, None)
+    def _answered(self, peer: Nid, nonce: int, entry: Entry, now_s: float) -> Iterator[Outcome]:
+        asked = self._relayed.get(nonce)
         if asked is not None:
-            yield Send(asked[0], Ack(asked[1], entry))
+            if asked[2] == peer == entry.nid:
+                del self._relayed[nonce]
+                yield Send(asked[0], Ack(asked[1], entry))
             return
-        for nid, watch in self._watches.items():
-            if nonce in watch.nonces and entry.nid == nid:
-                if watch.tries > 1:
-                    yield Suspected(nid, watch.tries, cleared=True)
-                watch.tries = 0
-                watch.nonces.clear()
-                watch.next_s = now_s + PROBE_EVERY_S
-                return
+        watch = self._watches.get(entry.nid)
+        if watch is None or nonce not in watch.nonces:
+            return
+        if peer == entry.nid or peer in watch.through:
+            yield from self._lives(entry.nid, watch, now_s)
 
-    def _heard(self, peer: Nid, now_s: float) -> None:
+    def _heard(self, peer: Nid, now_s: float, *, same: bool) -> Iterator[Outcome]:
+        """A neighbour's own probe: it lives, be it that its answers are lost.
+
+        Where their judgements are not the same both ask, and each is told what the other knows.
+        """
         watch = self._watches.get(peer)
-        if watch is not None and watch.tries == 0:
-            watch.next_s = now_s + PROBE_EVERY_S + HEARD_GRACE_S
+        if watch is None:
+            return
+        next_s = watch.next_s
+        yield from self._lives(peer, watch, now_s)
+        if not same:
+            watch.next_s = min(next_s, watch.next_s)
+
+    def _lives(self, nid: Nid, watch: _Watch, now_s: float) -> Iterator[Outcome]:
+        if watch.tries > 1:
+            yield Suspected(nid, watch.tries, cleared=True)
+        watch.lives(now_s)
 
     def _relay(self, peer: Nid, nonce: int, nid: Nid) -> Iterator[Outcome]:
         if nid not in self._members:
             return
         self._nonce += 1
-        self._relayed[self._nonce] = (peer, nonce)
+        self._relayed[self._nonce] = (peer, nonce, nid)
         if len(self._relayed) > RELAYED_MAX:
             del self._relayed[next(iter(self._relayed))]
         yield Send(nid, Probe(self._nonce, self._digest))
@@ -283,6 +323,8 @@ class Detector:
             return
         accuser = None
         if nid == self.me.nid and not verdict.alive:
+            if verdict.sequence >= SEQUENCE_MAX:
+                return  # nobody counts that far: who said it lies, and there is no next one
             verdict = Verdict(nid, verdict.instance, verdict.sequence + 1, alive=True)
             accuser, source = source, None
         self._forget(nid)
@@ -309,7 +351,7 @@ class Detector:
             self._digest ^= _fingerprint(past)
 
     def _live(self, now_s: float) -> None:
-        living = self._members
+        living = self._members  # this very one while nobody is dead
         for nid, verdict in self._verdicts.items():
             if not verdict.alive:
                 living = living.drop(nid)

@@ -57,6 +57,8 @@ INDEX_MAX = (1 << 16) - 1
 KIND_CHANGE, KIND_PRELIM, KIND_PART, KIND_PROBE, KIND_ACK = 1, 2, 3, 4, 5
 KIND_RELAY, KIND_VERDICT, KIND_HEARD, KIND_HELLO = 6, 7, 8, 9
 SEQUENCE_BYTES = 8
+SEQUENCE_MAX = 2**32
+"""A judgement's; one a second comes so far in a century. The next one has room in the bytes."""
 
 BODY_BYTES = {
     KIND_CHANGE: ENTRY_BYTES,
@@ -255,7 +257,10 @@ def _nid(raw: bytes) -> Nid:
 def _verdict(body: bytes) -> Verdict:
     if body[28] > 1:
         raise WireError(f"verdict: alive {body[28]}")
-    return Verdict(_nid(body[:4]), body[4:20], _number(body[20:28]), body[28] == 1)
+    sequence = _number(body[20:28])
+    if sequence > SEQUENCE_MAX:
+        raise WireError(f"verdict: sequence {sequence} is more than {SEQUENCE_MAX}")
+    return Verdict(_nid(body[:4]), body[4:20], sequence, body[28] == 1)
 
 
 def _part(body: bytes) -> Part:
