@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tercet_e2e.bench import book, distribution, fleet, noderep, writer
+from tercet_e2e.bench import book, distribution, fleet, noderep, passthrough, writer
 from tercet_e2e.bench.floor import BenchError
 
 
@@ -134,3 +134,30 @@ def test_a_volume_is_whole_when_every_member_is_in_sync():
     assert not whole(replicas=[*replicas[:2], {"node": "n3", "state": "Lagging"}])
     assert whole(replicas=[*replicas, {"node": "n4", "state": "Former"}])
     assert not fleet.is_whole({})
+
+
+def machine_says(iops: dict[tuple[int, str], float]) -> list[str]:
+    """The lines of a machine that ran each load once."""
+    lines = ["TERCET-UP"]
+    for (number, runner), value in iops.items():
+        lines.append(f"{passthrough.RUN}{number} {runner}")
+        if runner == "fio":
+            access = passthrough.LOADS[number].access
+            job = {"jobs": [{access: {"iops": value}}]}
+            lines += ["fio: a note", *json.dumps(job, indent=1).splitlines()]
+        else:
+            lines.append(json.dumps({"iops": value}))
+    return [*lines, "TERCET-EXIT 0"]
+
+
+def test_passthrough_is_told_beside_fio_of_the_same_load():
+    speeds = {"fio": 1000.0, "reactor": 950.0, "store": 400.0}
+    loads = range(len(passthrough.LOADS))
+    said = machine_says({(n, name): v + n for n in loads for name, v in speeds.items()})
+    rows = {row["case"]: row for row in passthrough.table(passthrough.figures(said))}
+    assert len(rows) == 2 * len(passthrough.LOADS)
+    deep = rows["reactor: 4 KiB random read, depth 32"]
+    assert (deep["value"], deep["floor"], deep["holds"]) == (953.0, 1003.0, True)
+    assert rows["store: 4 KiB random write, depth 1"]["holds"] is None
+    with pytest.raises(BenchError, match="said no JSON"):
+        passthrough.figures([f"{passthrough.RUN}0 store", "killed"])

@@ -4,7 +4,6 @@
 //! payloads carry a word of their own, roots their magic; what is left in the data area is leaves.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -98,11 +97,9 @@ pub fn volume(index: u8) -> VolumeId {
 }
 
 impl Driver {
-    /// Opens the store on a file that is there already with its size.
-    pub fn open(path: PathBuf, setup: Setup) -> Self {
-        let wanted =
-            OpenDevice { place: At::Path(path), create_bytes: None, discard: Discard::Keep };
-        let device = open_device(&wanted);
+    /// Opens the store on a device that is there already with its size.
+    pub fn open(place: At, setup: Setup) -> Self {
+        let device = open_device(&wanted(place));
         let arena = Arena::new(ARENA_BYTES);
         // Where cores are scarce the engine does not spin.
         let mut reactor = Reactor::new(Settings { spin: Duration::ZERO }).expect("a ring");
@@ -337,8 +334,13 @@ impl Driver {
     }
 }
 
+/// A device that is there already.
+pub fn wanted(place: At) -> OpenDevice {
+    OpenDevice { place, create_bytes: None, discard: Discard::Keep }
+}
+
 /// Waits for the last run's ring to be gone: it has the lock until then (R3).
-fn open_device(wanted: &OpenDevice) -> Device {
+pub fn open_device(wanted: &OpenDevice) -> Device {
     loop {
         match Device::open(wanted) {
             Err(DeviceError::Locked { .. }) => std::thread::sleep(Duration::from_millis(1)),

@@ -2,11 +2,13 @@
 //! reactor and the engine's own order of work. Prints one line of JSON for each call; which floor
 //! stands beside it, and what is good enough, `python -m tercet_e2e bench --suite store` says.
 //!
-//! `cargo bench -p tercet-reactor --bench store -- COMMAND --device FILE ...`:
+//! `cargo bench -p tercet-reactor --bench store -- COMMAND --device FILE|nguid:NGUID ...`:
 //!
 //! - `format --mib N`: a store, a volume of that size, written once over;
 //! - `load --access read|write --blocks N --depth N [--random] (--seconds S | --operations N)`: a
 //!   closed loop on that volume, then a checkpoint, all bytes counted;
+//! - `raw --access read|write --depth N --seconds S --mib N`: random blocks of 4 KiB through the
+//!   reactor alone; a store that was there is lost;
 //! - `recovery --entries N`: a log of so many entries, opened as after a crash;
 //! - `snapshot`: a volume of 1 TiB of which 100 GiB are mapped, on a sparse file; its data is not
 //!   written, everything that the store writes of its own is;
@@ -14,14 +16,16 @@
 
 mod driver;
 mod load;
+mod raw;
 mod scale;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use driver::{Driver, Setup};
 use load::{Access, Load, Until};
+use raw::Raw;
+use tercet_reactor::Place;
 
 /// What was told on the command line: `--name value`, and `--name` alone.
 struct Args {
@@ -54,8 +58,20 @@ impl Args {
         self.text(name).parse().unwrap_or_else(|_| panic!("--{name} is a number"))
     }
 
-    fn device(&self) -> PathBuf {
-        PathBuf::from(self.text("device"))
+    fn device(&self) -> Place {
+        let text = self.text("device");
+        match text.strip_prefix("nguid:") {
+            Some(nguid) => Place::Nguid(nguid.parse().expect("an NGUID")),
+            None => Place::Path(text.into()),
+        }
+    }
+
+    fn access(&self) -> Access {
+        if self.text("access") == "read" { Access::Read } else { Access::Write }
+    }
+
+    fn seconds(&self) -> Duration {
+        Duration::from_secs_f64(self.text("seconds").parse().expect("seconds"))
     }
 }
 
@@ -71,6 +87,7 @@ fn main() {
     match args.command.as_str() {
         "format" => format(&args),
         "load" => load(&args),
+        "raw" => raw(&args),
         "recovery" => scale::recovery(args.device(), args.number("entries")),
         "snapshot" => scale::snapshot(args.device()),
         "chain" => scale::chain(args.device(), args.number("snapshots")),
@@ -93,7 +110,7 @@ fn load(args: &Args) {
     let mut driver = Driver::open(args.device(), Setup::default());
     let opened_s = driver.opened.as_secs_f64();
     let load = Load {
-        access: if args.text("access") == "read" { Access::Read } else { Access::Write },
+        access: args.access(),
         volume: 0,
         blocks: args.number("blocks") as u32,
         depth: args.number("depth") as usize,
@@ -102,7 +119,7 @@ fn load(args: &Args) {
         until: if args.has("operations") {
             Until::Operations(args.number("operations"))
         } else {
-            Until::Elapsed(Duration::from_secs_f64(args.text("seconds").parse().expect("seconds")))
+            Until::Elapsed(args.seconds())
         },
     };
     let figures = load.run(&mut driver);
@@ -131,5 +148,20 @@ fn load(args: &Args) {
         ("flushes", written.flushes as f64),
         ("checkpoints", written.checkpoints as f64),
         ("opened_s", opened_s),
+    ]);
+}
+
+fn raw(args: &Args) {
+    let loop_of = Raw {
+        access: args.access(),
+        depth: args.number("depth") as usize,
+        time: args.seconds(),
+        blocks: args.number("mib") << 20 >> 12,
+    };
+    let figures = loop_of.run(&driver::wanted(args.device()));
+    print(&[
+        ("operations", figures.operations as f64),
+        ("iops", figures.operations as f64 / figures.seconds),
+        ("p50_us", figures.p50_us),
     ]);
 }

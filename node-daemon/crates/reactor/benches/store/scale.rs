@@ -1,11 +1,11 @@
 //! What grows: the log that is replayed, maps, snapshots. Everything here is metadata, so a smaller
 //! disk than the volumes pretend to have does.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tercet_proto::{BlockRange, EntryKind, SnapshotId};
+use tercet_reactor::Place;
 
 use crate::driver::{ARENA_BYTES, Driver, Setup, mix, volume};
 use crate::load::{Access, Load, Until};
@@ -37,7 +37,7 @@ fn resident_bytes() -> f64 {
 }
 
 /// Writes a log of so many entries while no checkpoint comes to an end, and opens it again.
-pub fn recovery(device: PathBuf, entries: u64) {
+pub fn recovery(device: Place, entries: u64) {
     let size = GIB_BLOCKS;
     let ring_blocks = Some(1 << 17);
     let setup = Setup { format: true, ring_blocks, hold_copies: true, ..Setup::default() };
@@ -89,7 +89,7 @@ fn load(access: Access, index: u8, depth: usize, until: Until) -> Load {
 }
 
 /// Snapshots of a volume of 1 TiB with 100 GiB mapped, and writes before and after.
-pub fn snapshot(device: PathBuf) {
+pub fn snapshot(device: Place) {
     let (size, mapped) = (1024 * GIB_BLOCKS, 100 * GIB_BLOCKS);
     let setup = Setup { format: true, swallow_payload: true, ..Setup::default() };
     let mut driver = Driver::open(device, setup);
@@ -124,7 +124,7 @@ pub fn snapshot(device: PathBuf) {
 }
 
 /// Reads of a volume with a chain of snapshots beside those of one without, in turns.
-pub fn chain(device: PathBuf, snapshots: u64) {
+pub fn chain(device: Place, snapshots: u64) {
     let mut driver = Driver::open(device, Setup::format());
     for index in [0, 1] {
         driver.make_volume(index, CHAIN_BLOCKS);
