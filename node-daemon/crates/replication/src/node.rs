@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tercet_proto::message::{Envelope, Message, ReplicaMessage};
+use tercet_proto::message::{Envelope, Message, PairMessage, ReplicaMessage};
 use tercet_proto::storage::{Incomplete, Storage};
 use tercet_proto::{
     Instant, NewReplica, Place, ReplicaId, ReplicaState, StorageError, StorageEvent, Token,
@@ -211,9 +211,13 @@ impl Node {
         match message {
             Message::Pair(envelope, message) => {
                 let from = envelope.instance;
+                let exit = matches!(message, PairMessage::Exited { .. });
                 let excluded = self.pairs.message(&peer, envelope, message, now, out);
                 for (volume, upto) in excluded {
                     self.with(volume, now, storage, out, |r, cx| r.exclude(from, upto, cx));
+                }
+                if exit {
+                    self.every(now, storage, out, Replica::tick); // a seal waits no more (L5)
                 }
             }
             Message::Replica(envelope, message) => {

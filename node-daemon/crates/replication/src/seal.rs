@@ -71,7 +71,7 @@ impl GrantsOut {
 }
 
 /// L4: until when a predecessor's grants may be out, which nobody remembers: D after the lock.
-fn forgotten(cx: &Cx<'_>) -> Option<Instant> {
+pub(crate) fn forgotten(cx: &Cx<'_>) -> Option<Instant> {
     let until = cx.options.identity.locked_at + cx.options.timing.lease;
     (until > cx.now && !canary!(cx.options, ForgetGrants)).then_some(until)
 }

@@ -3,6 +3,11 @@
 //! Nothing here decides safety: a takeover at the wrong time costs a short stall, never data. So
 //! the rules aim at calm: a majority has to miss the primary, the better tail goes first, and who
 //! failed to serve stands aside for longer each time, spread by the replica's id instead of chance.
+//!
+//! An engine that has just come back goes last, whatever its tail. A new primary is always one of the
+//! sealed (T4), and its own seal waits until D after its lock (L4): it could not serve before, while
+//! two others, whose grants to the dead one are given back (L5), are sealed at once. So it stands
+//! when that wait is over, if nobody has by then.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,6 +18,7 @@ use tercet_proto::{Config, ConfigState, Instant, Place, Primary, ReplicaId};
 use crate::api::{Notice, Output, PeerId};
 use crate::cx::Cx;
 use crate::replica::{Replica, Role};
+use crate::seal::forgotten;
 
 /// An opinion older than this many beats does not count.
 const OPINION_BEATS: u32 = 2;
@@ -36,6 +42,13 @@ struct Opinion {
     at: Instant,
     misses: bool,
     tail: Tail,
+}
+
+impl Opinion {
+    /// It misses the primary, and said so a moment ago.
+    fn counts(&self, cx: &Cx<'_>) -> bool {
+        self.misses && cx.now.since(self.at) <= cx.options.timing.beat * OPINION_BEATS
+    }
 }
 
 impl Watch {
@@ -118,32 +131,49 @@ impl Replica {
             self.wake(self.watch.aside_until);
             return;
         }
-        let fresh = cx.options.timing.beat * OPINION_BEATS;
         let opinions = &self.watch.opinions;
-        let counts = |opinion: &&Opinion| opinion.misses && cx.now.since(opinion.at) <= fresh;
-        let has = |r| r == self.id || opinions.get(&r).is_some_and(|o| counts(&o));
+        let has = |r| r == self.id || opinions.get(&r).is_some_and(|o| o.counts(cx));
         let majority = config.is_quorum(has).then(|| config.clone());
         let Some(base) = majority.or_else(|| self.abort_due(has, cx)) else {
             self.watch.agreed = None;
             return;
         };
         let agreed = *self.watch.agreed.get_or_insert(cx.now);
+        match self.turn(&config, agreed, cx) {
+            Some(at) if cx.now < at => self.wake(at),
+            Some(_) => self.stand(&base, cx),
+            None => {}
+        }
+    }
+
+    /// T2: when this replica stands. The better tail goes first, the other 100 ms later; an engine
+    /// that has just come back goes after those whose seal need not wait (L4). Behind the start of
+    /// the best one's log: does not stand.
+    fn turn(&self, config: &Config, agreed: Instant, cx: &Cx<'_>) -> Option<Instant> {
         let mine = self.report(cx);
-        let complete = |o: &&Opinion| counts(o) && o.tail.incomplete.is_none();
-        let others = opinions.iter().filter(|(_, o)| complete(o));
-        let rank =
-            others.clone().filter(|(id, o)| (o.tail.tail, **id) > (mine.tail, self.id)).count()
-                as u32;
-        let best_start = others.max_by_key(|(_, o)| o.tail.tail).map(|(_, o)| o.tail.log_start);
-        if rank > 0 && best_start.is_some_and(|start| mine.tail.lsn.next() < start) {
-            return; // behind the start of the best one's log: does not stand
+        let others = self.watch.opinions.iter();
+        let better = others.filter(|(id, o)| {
+            o.counts(cx)
+                && o.tail.incomplete.is_none()
+                && (o.tail.tail, **id) > (mine.tail, self.id)
+        });
+        let best = better.clone().max_by_key(|(_, o)| o.tail.tail);
+        if best.is_some_and(|(_, o)| mine.tail.lsn.next() < o.tail.log_start) {
+            return None;
         }
-        let at = agreed + cx.options.timing.stand_step * rank;
-        if cx.now < at {
-            self.wake(at);
-        } else {
-            self.stand(&base, cx);
-        }
+        let returned = self.returned(config, cx);
+        let rank = better.filter(|(id, _)| Some(**id) != returned).count() as u32;
+        let turn = agreed + cx.options.timing.stand_step * rank;
+        Some(forgotten(cx).map_or(turn, |until| turn.max(until)))
+    }
+
+    /// The member that led, when another instance answers in its place: it goes last. If it came
+    /// back long ago two may stand at a time, and one of their swaps is lost (T3).
+    fn returned(&self, config: &Config, cx: &Cx<'_>) -> Option<ReplicaId> {
+        let Primary { node, instance } = &config.primary;
+        let (answers, _, _) = cx.pairs.liveness(node, self.volume)?;
+        let led = config.members.iter().find(|member| member.node == *node)?;
+        (answers != *instance).then_some(led.replica)
     }
 
     /// Asks to be woken when the primary becomes missed, rather than a beat later.

@@ -435,7 +435,7 @@ impl Cluster {
                 }
             }
             Event::Read(i) => {
-                if self.api_up {
+                if self.api_up && !self.cut.contains(&(i, i)) {
                     let view = VolumeView { consistent: true, ..self.object.clone() };
                     let delay = self.delay();
                     self.plan(delay, Event::View(i, Box::new(view)));
@@ -478,6 +478,9 @@ impl Cluster {
         old: &Config,
         new: Config,
     ) {
+        if self.cut.contains(&(node, node)) {
+            return; // its agent is cut off: nobody ever hears of it
+        }
         let unknown = self.rng.random_bool(self.faults.swap_unknown);
         let arrives = self.api_up && (!unknown || self.rng.random_bool(0.5));
         let swapped = arrives && self.object.config.as_ref() == Some(old);
