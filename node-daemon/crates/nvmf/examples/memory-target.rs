@@ -3,6 +3,8 @@
 //! `cargo run --release --example memory-target -- 127.0.0.1:4420 65536` serves 65,536 blocks. The
 //! ANA state flips at each line of standard input; `grow N` sets another size.
 
+#[path = "../tests/support/memory.rs"]
+mod memory;
 #[path = "../tests/support/mod.rs"]
 mod support;
 

@@ -2,6 +2,8 @@
 //! (`node-daemon/tests/test_node_auth_vectors.py`), secrets as text, what is refused and when, and
 //! whole associations over sockets.
 
+#[path = "support/memory.rs"]
+mod memory;
 #[path = "support/raw.rs"]
 mod raw;
 mod support;

@@ -1,6 +1,8 @@
 //! Commands that the user-space host never sends, as bytes: fused operations, Verify, Copy, Abort,
 //! features, logs, events.
 
+#[path = "support/memory.rs"]
+mod memory;
 #[path = "support/raw.rs"]
 mod raw;
 

@@ -1,6 +1,8 @@
 //! The discovery subsystem for hosts that stay connected: what they see, when they are told of a
 //! change, how long they stand.
 
+#[path = "support/memory.rs"]
+mod memory;
 #[path = "support/raw.rs"]
 mod raw;
 

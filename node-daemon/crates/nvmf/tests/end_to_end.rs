@@ -3,6 +3,8 @@
 //! Both ends are ours: what they misread alike is left to tests/golden.rs (layouts written down
 //! by hand) and to a foreign host (docs/nvme-tcp.md says which, and how).
 
+#[path = "support/memory.rs"]
+mod memory;
 mod support;
 
 use std::time::Duration;

@@ -2,6 +2,8 @@
 //! thousand. They cost no memory that stays, at most so much while they last, and the hosts that have
 //! their queues do not notice. `TERCET_NVMF_FLOOD` sets how many (a million takes a minute or two).
 
+#[path = "support/memory.rs"]
+mod memory;
 #[path = "support/raw.rs"]
 mod raw;
 

@@ -7,6 +7,8 @@
 //! flipped on the way, in both directions: with digests on, nobody may take such a byte for data.
 //! `TERCET_NVMF_FUZZ_CASES` makes more of them; a failure names its case.
 
+#[path = "support/memory.rs"]
+mod memory;
 #[path = "support/raw.rs"]
 mod raw;
 

@@ -1,6 +1,8 @@
 //! Bytes from outside: whatever comes, nothing panics, memory stays bounded, and the other
 //! connections of a target go on. Sessions are made of what a real host sends, mutated.
 
+#[path = "support/memory.rs"]
+mod memory;
 #[path = "support/raw.rs"]
 mod raw;
 

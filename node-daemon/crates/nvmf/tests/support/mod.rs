@@ -4,7 +4,6 @@
 #![allow(dead_code, clippy::doc_markdown, reason = "each test uses its part")]
 
 pub mod client;
-mod memory;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -20,7 +19,7 @@ use tercet_nvmf::target::{
 };
 use tercet_proto::{BLOCK_BYTES, Instant, Token, VolumeId};
 
-use memory::Memory;
+use crate::memory::Memory;
 
 thread_local! {
     static CLOCK: Cell<(Duration, Clock)> = Cell::new((Duration::ZERO, Clock::now()));

@@ -3,8 +3,6 @@
 //! features, queues out of order.
 #![allow(dead_code, clippy::doc_markdown, reason = "each test uses its part")]
 
-mod memory;
-
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
@@ -18,10 +16,10 @@ use tercet_nvmf::target::{
     Ana, AssociationId, CloseReason, CntlidRange, Command, CommandError, ConnectionId, Done,
     Effect, HostIdentity, Refusal, Target,
 };
-use tercet_nvmf::{BLOCK_BYTES, QUEUE_ENTRIES_MAX, TRANSFER_BYTES_MAX};
+use tercet_nvmf::{QUEUE_ENTRIES_MAX, TRANSFER_BYTES_MAX};
 use tercet_proto::{Instant, Token, VolumeId};
 
-use memory::Memory;
+use crate::memory::Memory;
 
 pub const START: Instant = Instant(1_000_000_000);
 pub const BLOCKS: u64 = 4096;
