@@ -44,7 +44,7 @@ class Watched:
         self.woken = Counter()
         self.woken_s = {}
         self.drop, self.rng = drop, random.Random(seed)
-        self.silent, self.broken = set(), set()
+        self.silent, self.deaf, self.broken = set(), set(), set()
         self.flight, self.effects = [], []
         self.now_s = 0.0
 
@@ -66,7 +66,7 @@ class Watched:
             self.now_s = max(self.now_s, min(tick_s, arrive_s))
             if arrive_s <= tick_s:
                 _, to, sender, raw = self.flight.pop(0)
-                if to not in self.silent:
+                if to not in self.silent | self.deaf:
                     self.wake(to)
                     event = Received(sender, decode_message(raw))
                     self.take(to, self.nodes[to].step(event, self.now_s))
@@ -180,9 +180,9 @@ def test_each_asks_one_and_is_asked_by_one_whoever_has_started_first():
 
     Who of two asks was the first one's word: 4 to 8 a second, drawn by when the nodes had started.
     """
-    for seed in range(8):
+    for seed in range(3):
         rng = random.Random(seed)
-        net = Watched(30, starts_s=[rng.random() for _ in range(30)])
+        net = Watched(20, starts_s=[rng.random() for _ in range(20)])
         net.run(5.0)
         net.woken.clear()
         net.run(10.0)
@@ -196,15 +196,16 @@ def test_each_asks_one_and_is_asked_by_one_whoever_has_started_first():
     assert 36 <= net.woken[0] <= 41
 
 
-def test_question_of_who_does_not_answer_shows_that_it_lives():
-    net = Watched(4)
-    detector = net.nodes[0]
-    detector.step(Tick(), 1.0)
-    said = detector.step(Tick(), 1.0 + TRY_S)
-    assert Suspected(1, 1) in said
-    heard = detector.step(Received(1, Probe(5)), 1.2)
-    assert Suspected(1, 2, cleared=True) in heard
-    assert 1 not in detector.suspected
+def test_node_that_speaks_and_hears_nothing_is_dead():
+    """Its questions are no answers; it holds its neighbours dead, and they contradict."""
+    net = Watched(20)
+    net.run(3.0)
+    net.deaf = {7}
+    net.run(KNOWN_S_MAX)
+    assert net.alive(7) == {False}
+    net.run(KNOWN_S_MAX)
+    hearing = [node for nid, node in net.nodes.items() if nid != 7]
+    assert {node.dead for node in hearing} == {1 << 7}
 
 
 def test_judgement_of_a_removed_node_is_forgotten():

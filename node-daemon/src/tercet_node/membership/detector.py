@@ -71,13 +71,13 @@ class _Watch:
     """From one sign of life to our next probe: longer where the neighbour is to probe us."""
     next_s: float
     tries: int = 0
-    """Probes in vain since the last sign of life."""
+    """Probes in vain since the last answer."""
     nonces: set[int] = field(default_factory=set)
     through: set[Nid] = field(default_factory=set)
     """Others that were asked to probe it for us."""
 
-    def lives(self, now_s: float) -> None:
-        """Something of it is here."""
+    def answered(self, now_s: float) -> None:
+        """It lives, and hears us."""
         self.tries = 0
         self.nonces.clear()
         self.through.clear()
@@ -241,7 +241,9 @@ class Detector:
                 yield Send(peer, Ack(nonce, self.me))
                 if digest != self._digest:
                     yield from self._tell(peer, nonce)
-                yield from self._heard(peer, now_s, same=digest == self._digest)
+                else:
+                    # Where they differ both go on asking: each is told what the other knows.
+                    self._heard(peer, now_s)
             case Ack(nonce, entry):
                 yield from self._answered(peer, nonce, entry, now_s)
             case Relay(nonce, nid):
@@ -274,25 +276,19 @@ class Detector:
         if watch is None or nonce not in watch.nonces:
             return
         if peer == entry.nid or peer in watch.through:
-            yield from self._lives(entry.nid, watch, now_s)
+            if watch.tries > 1:
+                yield Suspected(entry.nid, watch.tries, cleared=True)
+            watch.answered(now_s)
 
-    def _heard(self, peer: Nid, now_s: float, *, same: bool) -> Iterator[Outcome]:
-        """A neighbour's own probe: it lives, be it that its answers are lost.
+    def _heard(self, peer: Nid, now_s: float) -> None:
+        """A neighbour's own probe: a sign of life, but no answer.
 
-        Where their judgements are not the same both ask, and each is told what the other knows.
+        Once it has been asked only an answer counts: who speaks and hears nothing is as good as
+        dead, and holds all others dead.
         """
         watch = self._watches.get(peer)
-        if watch is None:
-            return
-        next_s = watch.next_s
-        yield from self._lives(peer, watch, now_s)
-        if not same:
-            watch.next_s = min(next_s, watch.next_s)
-
-    def _lives(self, nid: Nid, watch: _Watch, now_s: float) -> Iterator[Outcome]:
-        if watch.tries > 1:
-            yield Suspected(nid, watch.tries, cleared=True)
-        watch.lives(now_s)
+        if watch is not None and watch.tries == 0:
+            watch.next_s = now_s + watch.every_s
 
     def _relay(self, peer: Nid, nonce: int, nid: Nid) -> Iterator[Outcome]:
         if nid not in self._members:
