@@ -5,3 +5,5 @@ anything, `executor` carries them out, `watching` (kopf) keeps the world up to d
 decides which object is looked at next. The operator is on no path of I/O and never makes a node
 primary after the first configuration: while it is away, every volume goes on and fails over.
 """
+
+from tercet_api import plainlog as plainlog
