@@ -122,18 +122,15 @@ async def cpu_percent(pid: int, seconds: float) -> float:
     return (processor_s(pid) - before_s) / seconds * 100
 
 
-async def until_calm(pid: int) -> bool:
+async def until_calm(pid: int) -> None:
     """A hundred nodes that start at one time have a thousand handshakes to do first.
 
-    On a machine that is busy enough with something else it never is: the ninety-nine of one process
-    answer too late, are judged dead and contradict. What is measured then says nothing of a node.
+    On a machine that is busy with something else it never is: what is measured then says so.
     """
     with suppress(TimeoutError):
         async with asyncio.timeout(PATIENCE_S):
             while await cpu_percent(pid, 2.0) > CALM_PERCENT:
                 pass
-            return True
-    return False
 
 
 # ------------------------------------------------------------------ the source's experiment
