@@ -90,7 +90,7 @@ pub fn all() -> Vec<Bird> {
         Replication R::PromiseTwoInstances 0,
         Replication R::ResumeOldEpoch 200,
         Replication R::CountOlderEntry 500,
-        Replication R::ReadWithoutLease 30,
+        Replication R::ReadWithoutLease 150,
         Replication R::PairGrantForSealed 0,
         Replication R::ForgetGrants 500,
         Replication R::SealWithoutWait 250,
