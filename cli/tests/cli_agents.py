@@ -152,6 +152,33 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             sums=[agent_pb2.ChunkSum(index=i, crc32c=c) for i, c in sorted(self.sums.items())],
         )
 
+    async def ChunkMap(self, request, context):
+        """A row for each chunk that has a sum, two in a page; a third of each is shared."""
+        left = [chunk for chunk in sorted(self.sums) if chunk >= request.from_chunk]
+        rows = [
+            agent_pb2.ChunkRow(
+                chunk=chunk,
+                mapped_bytes=3 << 20,
+                shared_bytes=1 << 20,
+                extents=chunk + 1,
+                device_offset_bytes=chunk << 30,
+                changed_epoch=self.epoch,
+                changed_lsn=self.lsn,
+            )
+            for chunk in left[:2]
+        ]
+        return agent_pb2.ChunkMapResponse(
+            node=self.node,
+            replica=self.replica,
+            device="d0",
+            regions=1,
+            epoch=self.epoch,
+            lsn=self.lsn,
+            chunk_bytes=4 << 20,
+            rows=rows,
+            next_chunk=left[2] if len(left) > 2 else None,
+        )
+
     # ---------------------------------------------------------------- the list of nodes
 
     def _members(self):

@@ -189,6 +189,39 @@ async def test_volume_list_and_get(bench):
     assert bench.volume.name in [item["metadata"]["name"] for item in json.loads(out)["items"]]
 
 
+async def test_chunks_are_asked_of_the_primary_page_by_page(bench):
+    primary = bench.volume.status.config.primary.node
+    asked = next(agent for agent in bench.agents if agent.node == primary)
+    asked.sums = {0: 1, 3: 1, 7: 1, 8: 1, 200: 1}
+    status, out, err = await bench.signed("volume", "get", bench.volume.name, "--show-chunks")
+    assert (status, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["7", "28", "MiB", "3", "MiB", "1", "MiB", "8", "7", "GiB"] in [row[:10] for row in rows]
+    said = "5 chunks, 15 MiB mapped, 5 MiB of it shared"
+    assert out.splitlines()[-1].startswith(f"{primary}, device d0, applied (1, ")
+    assert out.splitlines()[-1].endswith(said)
+    command = ("volume", "get", bench.volume.name, "--show-chunks", "-o", "json")
+    other = next(agent for agent in bench.agents if agent.node != primary)
+    status, out, _ = await bench.signed(*command, "--node", other.node)
+    found = json.loads(out)
+    assert (status, found["metadata"]["name"]) == (0, bench.volume.name)
+    assert found["chunkMap"]["node"] == other.node
+    assert [row["chunk"] for row in found["chunkMap"]["chunks"]] == sorted(other.sums)
+
+
+async def test_chunks_of_a_node_that_has_no_replica(bench):
+    command = ("volume", "get", bench.volume.name)
+    status, out, err = await bench.tercet(*command, "--show-chunks", "--node", "elsewhere")
+    assert (status, out) == (2, "")
+    assert all(agent.node in err for agent in bench.agents)
+    status, out, err = await bench.tercet(*command, "--node", bench.agents[0].node)
+    assert (status, out, "--show-chunks" in err) == (2, "", True)
+    await bench.agents[0].__aexit__()
+    name = bench.agents[0].node
+    status, out, err = await bench.signed(*command, "--show-chunks", "--node", name)
+    assert (status, out, f"tercet node get {name}" in err) == (2, "", True)
+
+
 async def test_nodes_and_snapshots(bench):
     name = f"s-{uuid.uuid4().hex[:6]}"
     snapshot = Snapshot(

@@ -170,6 +170,30 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             sums=[pb.ChunkSum(index=0, crc32c=0xE3069283)],
         )
 
+    async def ChunkMap(self, request, context):
+        held = self.disk.replicas.get(request.volume)
+        if held is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such replica")
+        row = pb.ChunkRow(
+            chunk=request.from_chunk,
+            mapped_bytes=8192,
+            shared_bytes=4096,
+            extents=2,
+            device_offset_bytes=1 << 30,
+            changed_epoch=held.epoch,
+            changed_lsn=self._lsn,
+        )
+        return pb.ChunkMapResponse(
+            epoch=held.epoch,
+            lsn=self._lsn,
+            chunk_bytes=4 << 20,
+            rows=[row],
+            next_chunk=7 if request.from_chunk == 0 else None,
+            device="d0",
+            region=1,
+            regions=2,
+        )
+
     async def Events(self, request, context):
         while True:
             yield await self._events.get()

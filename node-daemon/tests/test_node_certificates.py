@@ -130,11 +130,23 @@ async def test_certificate_is_asked_for_kept_and_serves_mutual_tls(api, tmp_path
                 stub = agent_pb2_grpc.AgentStub(channel)
                 sums = await stub.ChunkSums(request, timeout=TIMEOUT_S, wait_for_ready=True)
                 assert (sums.node, [s.index for s in sums.sums]) == (bench.node, [0])
+                where = agent_pb2.ChunkMapRequest(volume=volume.spec.uuid)
+                chunks = await stub.ChunkMap(where, timeout=TIMEOUT_S)
+                assert (chunks.node, chunks.replica) == (bench.node, sums.replica)
+                assert (chunks.device, chunks.region, chunks.regions) == ("d0", 1, 2)
+                assert (chunks.next_chunk, chunks.rows[0].extents) == (7, 2)
+                where.from_chunk = chunks.next_chunk
+                chunks = await stub.ChunkMap(where, timeout=TIMEOUT_S)
+                assert (chunks.rows[0].chunk, chunks.HasField("next_chunk")) == (7, False)
                 status = await stub.NodeStatus(agent_pb2.NodeStatusRequest(), timeout=TIMEOUT_S)
                 assert [r.name for r in status.replicas] == [volume.name]
                 missing = agent_pb2.ChunkSumsRequest(volume=str(uuid.uuid4()))
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await stub.ChunkSums(missing, timeout=TIMEOUT_S)
+                assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+                nowhere = agent_pb2.ChunkMapRequest(volume=missing.volume)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await stub.ChunkMap(nowhere, timeout=TIMEOUT_S)
                 assert refused.value.code() is grpc.StatusCode.NOT_FOUND
             # Nobody is heard without a certificate of this CA.
             for stranger in (

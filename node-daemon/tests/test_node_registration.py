@@ -71,6 +71,24 @@ def test_devices_are_never_changed_under_an_engine(tmp_path):
     assert "it keeps d0, d1" in leave.why
 
 
+def test_devices_that_a_group_has_more_are_added_behind(tmp_path):
+    whole = group(tmp_path)
+    old = stored(group(tmp_path, devices=FILE["devices"][1:]).node("n1", "10.0.0.1", LABELS))
+    (update,) = decide(old, whole.node("n1", "10.0.0.1", LABELS))
+    assert isinstance(update, Update)
+    steps = [(step["op"], step["path"]) for step in update.patch]
+    assert steps == [("test", "/metadata/uid"), ("test", "/spec/devices"), ("add", "/spec/devices")]
+    assert [device["id"] for device in update.patch[1]["value"]] == ["d1"]
+    assert [device["id"] for device in update.patch[2]["value"]] == ["d1", "d0"]
+
+
+def test_one_device_more_and_one_less_is_no_growth(tmp_path):
+    old = stored(group(tmp_path, devices=FILE["devices"][1:]).node("n1", "10.0.0.1", LABELS))
+    wanted = group(tmp_path, devices=FILE["devices"][:1]).node("n1", "10.0.0.1", LABELS)
+    (leave,) = decide(old, wanted)
+    assert isinstance(leave, Leave)
+
+
 @pytest.mark.parametrize("labels", [{}, {GROUP_LABEL: "other"}])
 def test_what_somebody_else_made_is_left_alone(tmp_path, labels):
     wanted = group(tmp_path).node("n1", "10.0.0.1", LABELS)

@@ -17,7 +17,7 @@ import structlog
 import typer
 
 from tercet_api.clients import Api
-from tercet_cli import commands, members
+from tercet_cli import chunks, commands, members
 from tercet_cli.access import cluster
 from tercet_cli.errors import EXIT_ERROR, CliError
 from tercet_cli.output import Form, errors
@@ -37,6 +37,13 @@ Timeout = Annotated[
     typer.Option("--timeout", min=0.0, help="Seconds to wait for replicas at the same place."),
 ]
 
+ShowChunks = Annotated[
+    bool, typer.Option("--show-chunks", help="Also what of it lies where on one node's device.")
+]
+OfNode = Annotated[
+    str | None,
+    typer.Option("--node", help="Whose chunks. Default: the primary's.", metavar="NAME"),
+]
 OneNode = Annotated[
     str | None,
     typer.Argument(help="Whose list. Default: the first node that answers.", metavar="[NAME]"),
@@ -91,9 +98,14 @@ def volume_get(
     kubeconfig: Kubeconfig = None,
     context: Context = None,
     output: Output = Form.TABLE,
+    show_chunks: ShowChunks = False,
+    of_node: OfNode = None,
 ) -> None:
     """One volume with its replicas."""
-    _run(kubeconfig, context, lambda api: commands.volume_get(api, name, output))
+    if of_node is not None and not show_chunks:
+        raise typer.BadParameter("goes with --show-chunks", param_hint="--node")
+    wanted = chunks.Wanted(of_node) if show_chunks else None
+    _run(kubeconfig, context, lambda api: commands.volume_get(api, name, output, wanted))
 
 
 @volume.command("verify")

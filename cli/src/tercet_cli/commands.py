@@ -20,6 +20,7 @@ from tercet_api.objects import (
     VolumeReplica,
 )
 from tercet_api.protos import agent_pb2
+from tercet_cli import chunks
 from tercet_cli.access import Credentials, agent, credentials
 from tercet_cli.errors import EXIT_NO, EXIT_OK, NotComparable
 from tercet_cli.output import Form, print_json, print_table, progress, size
@@ -88,11 +89,15 @@ def _rebuilt(entry: VolumeReplica) -> str:
     return ", ".join(words)
 
 
-async def volume_get(api: Api, name: str, form: Form) -> int:
-    """One volume."""
+async def volume_get(api: Api, name: str, form: Form, chunks_of: chunks.Wanted | None) -> int:
+    """One volume; with the chunk map of one of its replicas, if that is wanted."""
     volume = await volumes(api).get(name)
+    found = None
+    if chunks_of is not None:
+        found = await chunks.chunk_map(api, volume, chunks_of.node)
     if form is Form.JSON:
-        print_json(document(volume))
+        more = {} if found is None else {"chunkMap": chunks.as_json(found)}
+        print_json(document(volume) | more)
         return EXIT_OK
     config = volume.status.config
     rows = [
@@ -120,6 +125,9 @@ async def volume_get(api: Api, name: str, form: Form) -> int:
         for e in volume.status.replicas
     ]
     print_table(["NODE", "STATE", "LAG", "REBUILT", "REPLICA", "MESSAGE"], entries)
+    if found is not None:
+        print()
+        chunks.show(found)
     return EXIT_OK
 
 

@@ -208,18 +208,33 @@ async def node_ready(kubectl: Kubectl, node: str) -> None:
     await kubectl.until("tsn", node, is_ready, SOON_S, "is Ready")
 
 
-async def replicas_equal(cluster: LocalCluster, volume: str) -> None:
-    """`tercet volume verify` says that the replicas are equal."""
-    tercet = Path(sys.executable).parent / "tercet"
+async def tercet(cluster: LocalCluster, *arguments: str) -> str:
+    """What a command of `tercet` prints; it ends with exit status 0."""
+    program = Path(sys.executable).parent / "tercet"
     done = await asyncio.to_thread(
         subprocess.run,
-        [tercet, "volume", "verify", volume, f"--kubeconfig={cluster.kubeconfig}"],
+        [program, *arguments, f"--kubeconfig={cluster.kubeconfig}"],
         capture_output=True,
         text=True,
         timeout=2 * SOON_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+async def replicas_equal(cluster: LocalCluster, volume: str) -> None:
+    """`tercet volume verify` says that the replicas are equal."""
+    await tercet(cluster, "volume", "verify", volume)
+
+
+async def chunk_map(cluster: LocalCluster, volume: str, node: str) -> Json:
+    """`tercet volume get --show-chunks` of the replica on a node."""
+    said = await tercet(
+        cluster, "volume", "get", volume, "--show-chunks", f"--node={node}", "-o", "json"
+    )
+    found: Json = json.loads(said)["chunkMap"]
+    return found
 
 
 async def allocated_bytes(kubectl: Kubectl) -> dict[str, int]:

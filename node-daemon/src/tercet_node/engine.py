@@ -130,6 +130,14 @@ class Engine:
         )
         return answer
 
+    async def chunk_map(self, volume: str, from_chunk: int) -> pb.ChunkMapResponse:
+        """Some rows of the chunk map, from a chunk on. Raises EngineError."""
+        request = pb.ChunkMapRequest(volume=volume, from_chunk=from_chunk)
+        answer: pb.ChunkMapResponse = await _ask(
+            "ChunkMap", self._calls.ChunkMap, request, SUMS_TIMEOUT_S
+        )
+        return answer
+
     async def report_swap(
         self, token: int, outcome: pb.ReportSwapRequest.Outcome, view: pb.VolumeView | None
     ) -> None:

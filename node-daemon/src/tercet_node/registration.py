@@ -2,8 +2,8 @@
 
 The chart describes groups of nodes and their devices, but only an agent knows on which node it is.
 So each agent makes the object of its own node, and keeps address and topology as they are now; an
-admission policy of the API server lets it write no other (tercet_api.rbac). Devices are taken over
-once: an engine keeps those that it was first configured with, so a difference is only said.
+admission policy of the API server lets it write no other (tercet_api.rbac). Devices that the group
+has more are added; an engine keeps those that it has, so any other difference is only said.
 
 An object that a person made, or that is of another group, is left as it is. Who deletes a
 StorageNode does not see it come back before the agent's next start: that is done once for each.
@@ -67,7 +67,10 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Its address or topology is another by now: a JSON Patch that tests the uid."""
+    """Its address or topology is another by now, or its group has more devices: a JSON Patch.
+
+    It tests the uid and, for devices, those that there are.
+    """
 
     patch: Sequence[Json]
 
@@ -99,9 +102,17 @@ def decide(there: StorageNode | None, wanted: StorageNode) -> tuple[Action, ...]
         patch.append(put("/spec/address", now.address))
     if now.topology != then.topology:
         patch.append(put("/spec/topology", now.topology))
+    old, new = _by_id(then), _by_id(now)
+    more = [device for device in now.devices if device.id not in old]
+    grows = old.items() <= new.items()
+    if grows and more:
+        patch += [
+            expect("/spec/devices", [device.to_json() for device in then.devices]),
+            put("/spec/devices", [device.to_json() for device in (*then.devices, *more)]),
+        ]
     if len(patch) > 1:
         actions.append(Update(patch))
-    if _by_id(now) != _by_id(then):
+    if not grows:
         actions.append(
             Leave(
                 f"its group has other devices by now ({_ids(now)}); it keeps {_ids(then)}: "
@@ -156,7 +167,7 @@ class Registration:
                     log.info("registered", node=self._name, group=group.group)
                 case Update(patch):
                     await self._nodes.patch(self._name, patch)
-                    log.info("address or topology changed", node=self._name)
+                    log.info("address, topology or devices changed", node=self._name)
                 case Leave(why):
                     if why:
                         log.warning("StorageNode is left as it is", node=self._name, why=why)

@@ -32,6 +32,9 @@ log = structlog.get_logger(__name__)
 ChunkSumsContext: TypeAlias = (
     "grpc.aio.ServicerContext[agent_pb2.ChunkSumsRequest, agent_pb2.ChunkSumsResponse]"
 )
+ChunkMapContext: TypeAlias = (
+    "grpc.aio.ServicerContext[agent_pb2.ChunkMapRequest, agent_pb2.ChunkMapResponse]"
+)
 NodeStatusContext: TypeAlias = (
     "grpc.aio.ServicerContext[agent_pb2.NodeStatusRequest, agent_pb2.NodeStatusResponse]"
 )
@@ -69,6 +72,39 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             lsn=sums.lsn,
             chunk_bytes=sums.chunk_bytes,
             sums=[agent_pb2.ChunkSum(index=s.index, crc32c=s.crc32c) for s in sums.sums],
+        )
+
+    async def ChunkMap(  # noqa: N802, D102
+        self, request: agent_pb2.ChunkMapRequest, context: ChunkMapContext
+    ) -> agent_pb2.ChunkMapResponse:
+        held = self._world.held(request.volume)
+        try:
+            found = await self._engine.chunk_map(request.volume, request.from_chunk)
+        except EngineError as error:
+            await _abort(context, error)
+        rows = [
+            agent_pb2.ChunkRow(
+                chunk=row.chunk,
+                mapped_bytes=row.mapped_bytes,
+                shared_bytes=row.shared_bytes,
+                extents=row.extents,
+                device_offset_bytes=row.device_offset_bytes,
+                changed_epoch=row.changed_epoch,
+                changed_lsn=row.changed_lsn,
+            )
+            for row in found.rows
+        ]
+        return agent_pb2.ChunkMapResponse(
+            node=self._world.node,
+            replica=held.replica if held is not None else "",
+            device=found.device,
+            region=found.region,
+            regions=found.regions,
+            epoch=found.epoch,
+            lsn=found.lsn,
+            chunk_bytes=found.chunk_bytes,
+            rows=rows,
+            next_chunk=found.next_chunk if found.HasField("next_chunk") else None,
         )
 
     async def NodeStatus(  # noqa: N802, D102
@@ -176,7 +212,9 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         )
 
 
-async def _abort(context: ChunkSumsContext | NodeStatusContext, error: EngineError) -> NoReturn:
+async def _abort(
+    context: ChunkSumsContext | ChunkMapContext | NodeStatusContext, error: EngineError
+) -> NoReturn:
     code = grpc.StatusCode.UNKNOWN
     if isinstance(error, EngineAway | OutcomeUnknown):
         code = grpc.StatusCode.UNAVAILABLE

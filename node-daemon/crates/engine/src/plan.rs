@@ -30,7 +30,7 @@ pub struct Plan {
     pub address: IpAddr,
     /// Ports to listen on.
     pub ports: Ports,
-    /// Devices in the order that numbers their shards; never reordered.
+    /// Devices in the order that numbers their shards: never reordered, only added to.
     pub devices: Vec<DevicePlan>,
     /// Shards on each device, fixed at the first Configure.
     pub shards_per_device: u16,
@@ -165,7 +165,7 @@ impl Plan {
                 .map_err(|error| invalid("cluster_id", error.to_string()))?,
             address: address("address", &request.address)?,
             ports: ports(request.ports.as_ref())?,
-            devices: devices(&request.devices)?,
+            devices: in_place(devices(&request.devices)?, current),
             shards_per_device: current.map_or(reactors, |plan| plan.shards_per_device),
             peers: peers(&request.peers, node)?,
         };
@@ -180,18 +180,31 @@ impl Plan {
             let why = format!("the data here belongs to cluster {}", current.cluster);
             return Err(contradicts("cluster_id", why));
         }
-        if self.devices != current.devices {
-            let why = "the devices of an engine cannot be changed: its volumes are spread over \
-                       them by number";
+        if !self.devices.starts_with(&current.devices) {
+            let why = "devices can be added; those that there are cannot be changed or taken away \
+                       while the engine keeps data on them";
             return Err(contradicts("devices", why));
         }
         Ok(())
+    }
+
+    /// Whether devices are added to those of `current`.
+    pub fn adds_devices(&self, current: &Self) -> bool {
+        self.devices.len() > current.devices.len()
     }
 
     /// Shards of this engine.
     pub fn shards(&self) -> u16 {
         u16::try_from(self.devices.len()).expect("at most 16 devices") * self.shards_per_device
     }
+}
+
+/// Those that there are first, in their order; who describes them has none.
+fn in_place(mut devices: Vec<DevicePlan>, current: Option<&Plan>) -> Vec<DevicePlan> {
+    let known = current.map(|plan| plan.devices.as_slice()).unwrap_or_default();
+    let number = |id: &str| known.iter().position(|device| device.id == id).unwrap_or(known.len());
+    devices.sort_by_key(|device| number(&device.id));
+    devices
 }
 
 fn address(field: &str, text: &str) -> Result<IpAddr, PlanError> {

@@ -1,6 +1,6 @@
 //! The node's table: what every reactor looks up and rarely changes. The plan (peers with their
-//! addresses, ports, how many shards) and the volumes with their epoch, their nodes and who may
-//! connect.
+//! addresses, ports, how many shards) and the volumes with their epoch, their nodes, who may connect
+//! and the shard that has this node's replica.
 //!
 //! Each reactor has a replica of its own (`tercet-noderep`) and looks at it when it has taken
 //! events or a message, before it acts on any of them: hence what is written here before something
@@ -26,6 +26,7 @@ use crate::plan::Plan;
 pub struct Table {
     plan: Option<Arc<Plan>>,
     volumes: BTreeMap<VolumeId, Arc<Volume>>,
+    homes: BTreeMap<VolumeId, u16>,
     versions: Versions,
 }
 
@@ -56,6 +57,11 @@ pub enum Change {
     Plan(Arc<Plan>),
     /// The agent tells of a volume.
     Volume(VolumeId, Arc<Volume>),
+    /// The volume's replica here is on this shard, or is about to be made there. While another shard
+    /// has it this changes nothing.
+    Home(VolumeId, u16),
+    /// Its replica was not made after all.
+    NoHome(VolumeId),
     /// The volume has no replica here any more.
     Forget(VolumeId),
 }
@@ -100,7 +106,14 @@ impl Dispatch for Table {
                 self.versions.discovery += 1; // peers' addresses are in it
             }
             Change::Volume(volume, told) => self.tell(volume, &told),
+            Change::Home(volume, shard) => {
+                self.homes.entry(volume).or_insert(shard);
+            }
+            Change::NoHome(volume) => {
+                self.homes.remove(&volume);
+            }
             Change::Forget(volume) => {
+                self.homes.remove(&volume);
                 if self.volumes.remove(&volume).is_some() {
                     self.versions.discovery += 1;
                 }
@@ -134,9 +147,17 @@ impl Table {
         self.volumes.get(&volume).map(Arc::as_ref)
     }
 
-    /// The shard that a volume's replica is on; none while the engine has been told nothing.
+    /// The shard that has the volume's replica, or has been chosen for it; none: no shard that is
+    /// open has one.
+    pub fn home(&self, volume: VolumeId) -> Option<u16> {
+        self.homes.get(&volume).copied()
+    }
+
+    /// The shard to ask about a volume: where its replica is, else one that will say that it has
+    /// none. None while the engine has been told nothing.
     pub fn shard_of(&self, volume: VolumeId) -> Option<u16> {
-        self.plan.as_ref().map(|plan| volume.shard(plan.shards()))
+        let plan = self.plan.as_ref()?;
+        Some(self.home(volume).unwrap_or_else(|| volume.shard(plan.shards())))
     }
 
     /// Whether telling this would change anything.

@@ -3,62 +3,19 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use common::Cluster;
 use common::agent::Client;
-use common::{Cluster, PATIENCE, blocking};
-use tercet_engine::host::{Host, HostOptions, Operation};
+use common::hosts::{HOST, attach, check, range, with_host, write};
+use tercet_engine::host::{Host, Operation};
 use tercet_engine::pb::engine as pb;
-use tercet_nvmf::names::volume_nqn;
-use tercet_proto::{BLOCK_BYTES, BlockRange, VolumeId};
+use tercet_proto::BLOCK_BYTES;
 use uuid::Uuid;
 
-const HOST: &str = "nqn.2026-11.io.tercet:host:test";
 const MIB: u64 = 1 << 20;
-
-async fn attach(cluster: &Cluster, volume: Uuid) -> Arc<Host> {
-    let mut options = HostOptions::new(&volume_nqn(VolumeId(volume)), HOST, [7; 16]);
-    options.endpoints = cluster.paths();
-    let host = Arc::new(Host::connect(options).expect("a host"));
-    let waiting = Arc::clone(&host);
-    let ready = blocking(move || waiting.wait_ready(PATIENCE)).await;
-    assert!(ready.is_some(), "no path is usable: {:?} {}", host.status(), cluster.logs());
-    host
-}
-
-/// Runs what a host's user does beside the agents.
-async fn with_host<T: Send + 'static>(
-    host: &Arc<Host>,
-    work: impl FnOnce(&Host) -> T + Send + 'static,
-) -> T {
-    let host = Arc::clone(host);
-    blocking(move || work(&host)).await
-}
-
-fn range(start: u64, count: u32) -> BlockRange {
-    BlockRange { start, count }
-}
-
-/// A block that says what it is.
-fn stamp(block: u64, round: u64) -> Bytes {
-    let mut bytes = vec![0; BLOCK_BYTES];
-    for (index, piece) in (0_u64..).zip(bytes.chunks_exact_mut(8)) {
-        piece.copy_from_slice(&(block ^ (round << 32) ^ (index << 48)).to_le_bytes());
-    }
-    Bytes::from(bytes)
-}
-
-fn write(host: &Host, block: u64, round: u64) {
-    host.run(Operation::Write(range(block, 1), stamp(block, round))).expect("written");
-}
-
-fn check(host: &Host, block: u64, round: u64) {
-    let pieces = host.run(Operation::Read(range(block, 1))).expect("read");
-    let bytes: Vec<u8> = pieces.concat();
-    assert!(bytes == stamp(block, round), "block {block} is not that of round {round}");
-}
 
 #[tokio::test]
 async fn acknowledged_writes_survive_the_primary_and_all_replicas_become_equal() {
@@ -145,9 +102,14 @@ async fn a_snapshot_zeroes_and_large_writes_are_the_same_on_every_node() {
 async fn connections_move_to_the_reactor_that_has_the_volume() {
     let cluster = Cluster::with_reactors("reactors", 2);
     let mut volumes = Vec::new();
-    for shard in [0, 1, 1, 0] {
-        volumes.push(cluster.create_volume_of_shard(shard, 2, 16 * MIB, HOST).await);
+    let mut regions = BTreeSet::new();
+    for _ in 0..4 {
+        let volume = cluster.create_volume(16 * MIB, HOST).await;
+        let map = cluster.agent_of(0).chunk_map(volume).await.expect("a map");
+        regions.insert(map.region);
+        volumes.push(volume);
     }
+    assert_eq!(regions, BTreeSet::from([0, 1]), "both shards have volumes");
     for &volume in &volumes {
         cluster.wait_serving(volume, None).await;
         let host = attach(&cluster, volume).await;

@@ -88,9 +88,33 @@ macro_rules! counter {
     };
 }
 
+impl ReplicaId {
+    /// A fresh id for a replica on this shard, below 4,096, of its engine: a UUID of version 8 (RFC
+    /// 9562, section 5.8) with the shard's number in the twelve bits behind the version; all other
+    /// bits are those of `random`. So whoever knows a member knows where on its node to send.
+    #[must_use]
+    pub fn on_shard(random: Uuid, shard: u16) -> Self {
+        assert!(shard < 1 << 12, "shard {shard} has no place in an id");
+        let mut bytes = random.into_bytes();
+        bytes[6] = 0x80 | (shard >> 8) as u8;
+        bytes[7] = (shard & 0xff) as u8;
+        bytes[8] = 0x80 | (bytes[8] & 0x3f);
+        Self::from_bytes(bytes)
+    }
+
+    /// The shard that the id names. None: it is older than ids that do; then the volume's hash tells
+    /// ([`VolumeId::shard`]).
+    #[must_use]
+    pub fn shard(&self) -> Option<u16> {
+        let bytes = self.as_bytes();
+        let names = bytes[6] >> 4 == 8 && bytes[8] >> 6 == 0b10;
+        names.then(|| u16::from(bytes[6] & 0xf) << 8 | u16::from(bytes[7]))
+    }
+}
+
 impl VolumeId {
-    /// The shard of an engine with `shards` shards that keeps the volume's replica: the same for
-    /// all who know that number. FNV-1a over the sixteen bytes, modulo.
+    /// The shard of an engine with `shards` shards that keeps the volume's replica, where the
+    /// replica's id does not say it ([`ReplicaId::shard`]). FNV-1a over the sixteen bytes, modulo.
     #[must_use]
     pub fn shard(&self, shards: u16) -> u16 {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
@@ -151,5 +175,32 @@ impl Serialize for NodeName {
 impl<'de> Deserialize<'de> for NodeName {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Ok(Self::new(&String::deserialize(deserializer)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replicas_id_names_its_shard() {
+        let random = Uuid::from_bytes([0xff; 16]);
+        for shard in [0, 1, 255, 256, 4095] {
+            let id = ReplicaId::on_shard(random, shard);
+            assert_eq!(id.shard(), Some(shard));
+            assert_eq!(id.0.get_version_num(), 8);
+            assert_eq!(id.0.get_variant(), uuid::Variant::RFC4122);
+            assert_eq!(id.to_string().parse::<Uuid>().map(ReplicaId), Ok(id));
+        }
+        let text = ReplicaId::on_shard(random, 0x123).to_string();
+        assert_eq!(text, "ffffffff-ffff-8123-bfff-ffffffffffff");
+    }
+
+    #[test]
+    fn an_older_id_names_none() {
+        let older: Uuid = "c9a646d3-9c61-4cb7-bfd0-1f1b7f1f3f2a".parse().expect("a UUID");
+        assert_eq!(ReplicaId(older).shard(), None);
+        assert_eq!(ReplicaId::from_bytes([0x88; 16]).shard(), Some(0x888));
+        assert_eq!(ReplicaId::from_bytes([0x0; 16]).shard(), None);
     }
 }

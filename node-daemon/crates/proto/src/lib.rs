@@ -6,6 +6,7 @@
 //! `docs/disk-format.md`. What a message or an entry *means* is left to `tercet-replication`, how
 //! it is kept to `tercet-store`.
 
+pub mod chunks;
 pub mod config;
 pub mod copy;
 pub mod disk;
@@ -16,6 +17,7 @@ pub mod repair;
 pub mod storage;
 pub mod time;
 
+pub use chunks::{ChunkPage, ChunkRow};
 pub use config::{Config, ConfigState, IllegalStep, Member, Primary};
 pub use copy::{Copies, Piece, StampRun, Stamps, View, ViewId};
 pub use entry::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise};

@@ -8,6 +8,7 @@
 use bytes::Bytes;
 use thiserror::Error;
 
+use crate::chunks::ChunkPage;
 use crate::config::Config;
 use crate::copy::{Copies, StampRun};
 use crate::entry::{BlockRange, Entry, EntryHeader, Place, Promise};
@@ -190,6 +191,13 @@ pub enum StorageEvent {
         /// The runs, as if they had been given at once; or why not.
         result: Result<Vec<StampRun>, StorageError>,
     },
+    /// `chunk_map` has the rows.
+    Chunks {
+        /// The caller's token.
+        token: Token,
+        /// Rows in order, or why not.
+        result: Result<ChunkPage, StorageError>,
+    },
     /// `read_log` has the entries.
     Log {
         /// The caller's token.
@@ -261,4 +269,8 @@ pub trait Storage: Copies + Repairs {
     /// Asks for a CRC32C of every written chunk as of `applied`, to compare replicas. Index of
     /// chunk and checksum, in order. Answered by `Read` with 12-byte little-endian (u64, u32) rows.
     fn chunk_sums(&mut self, volume: VolumeId, token: Token);
+
+    /// Asks for rows of the chunk map as of `applied`, from chunk `from` on: a page, of a size that
+    /// holds up nobody. Answered by `Chunks`.
+    fn chunk_map(&mut self, volume: VolumeId, from: u64, token: Token);
 }

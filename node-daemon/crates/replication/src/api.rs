@@ -8,8 +8,8 @@
 use bytes::Bytes;
 use tercet_proto::message::Message;
 use tercet_proto::{
-    BlockRange, BlockVersion, Config, Epoch, InstanceId, Lsn, Member, NewReplica, NodeName, Place,
-    ReplicaId, SnapshotId, StorageError, StorageEvent, Token, VolumeId,
+    BlockRange, BlockVersion, ChunkPage, Config, Epoch, InstanceId, Lsn, Member, NewReplica,
+    NodeName, Place, ReplicaId, SnapshotId, StorageError, StorageEvent, Token, VolumeId,
 };
 
 /// The shard of an engine at the other end of a link. A pair of rule L3 is two of these with
@@ -162,6 +162,8 @@ pub enum Control {
     HandOver(VolumeId, Option<NodeName>),
     /// Checksums of the applied chunks.
     ChunkSums(VolumeId),
+    /// A page of the applied chunk map, from this chunk on.
+    ChunkMap(VolumeId, u64),
     /// The engine is about to stop in good order: hand over every volume that this shard leads and
     /// give the leases back (rule L5). Answered when none is left, or after the time for it.
     Stop,
@@ -183,6 +185,8 @@ pub enum ControlDone {
     Place(Place),
     /// Rows of `Storage::chunk_sums` as of the place.
     ChunkSums(Place, Vec<Bytes>),
+    /// A page of the chunk map as of the place.
+    ChunkMap(Place, ChunkPage),
 }
 
 /// Why a [`Control`] was refused.

@@ -427,7 +427,8 @@ impl Replica {
             if member.has_probe_to_send() {
                 feed.feed(member, cx);
             } else if behind && waited >= beat {
-                member.lagging |= cx.pairs.route(&member.node, feed.from.volume).is_none();
+                member.lagging |=
+                    cx.pairs.route(&member.node, member.replica, feed.from.volume).is_none();
                 feed.ask(member, cx);
             } else if member.heard < feed.commit.lsn && member.probing.is_none() {
                 if waited >= announce && member.matched == feed.log.tail.lsn {

@@ -68,7 +68,7 @@ impl Replica {
         }
         let Replacement { old, learner } = wanted?;
         let newcomer = primary.members.iter().find(|m| m.replica == learner.replica)?;
-        let linked = cx.pairs.route(&newcomer.node, self.volume).is_some();
+        let linked = cx.pairs.route(&newcomer.node, newcomer.replica, self.volume).is_some();
         if !linked || !newcomer.keeps_up(primary.commit.lsn) {
             return None;
         }

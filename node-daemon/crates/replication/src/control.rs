@@ -100,6 +100,12 @@ impl Replica {
         cx.storage.chunk_sums(self.volume, own);
     }
 
+    /// What is mapped where, of what is applied here, whatever the role.
+    pub fn chunk_map(&mut self, from: u64, token: Token, cx: &mut Cx<'_>) {
+        let own = cx.tokens.issue(Purpose::Chunks(token, self.log.applied));
+        cx.storage.chunk_map(self.volume, from, own);
+    }
+
     /// The agent asks for a hand-over.
     pub fn ask_hand_over(&mut self, to: Option<NodeName>, token: Token, cx: &mut Cx<'_>) {
         if self.orders(token, cx) {

@@ -168,7 +168,7 @@ impl Replica {
 
     /// Offers a member its view, a fresh one if it has none, unless it was just heard of.
     fn offer(&mut self, to: ReplicaId, node: &NodeName, cx: &mut Cx<'_>) {
-        if cx.pairs.route(node, self.volume).is_none() {
+        if cx.pairs.route(node, to, self.volume).is_none() {
             return; // nobody would hear it
         }
         let from = self.sender(self.leading_epoch().expect("called by a primary"));

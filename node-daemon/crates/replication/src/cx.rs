@@ -25,7 +25,7 @@ pub(crate) struct Cx<'a> {
 impl Cx<'_> {
     /// Sends to the replica `to` on `node`, when there is a link.
     pub fn send(&mut self, node: &NodeName, to: ReplicaId, from: Sender, message: ReplicaMessage) {
-        if let Some(peer) = self.pairs.route(node, from.volume) {
+        if let Some(peer) = self.pairs.route(node, to, from.volume) {
             self.answer(peer, to, from, message);
         }
     }
@@ -78,6 +78,8 @@ pub(crate) enum Purpose {
     Repair(VolumeId),
     /// `chunk_sums` for a control request.
     Sums(Token, Place),
+    /// `chunk_map` for a control request.
+    Chunks(Token, Place),
     /// A compare-and-swap.
     Swap(VolumeId),
 }

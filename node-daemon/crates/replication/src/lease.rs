@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use tercet_proto::message::{EXCLUSIONS_MAX, Message, PairEnvelope, PairMessage};
-use tercet_proto::{Epoch, InstanceId, Instant, NodeName, VolumeId};
+use tercet_proto::{Epoch, InstanceId, Instant, Member, NodeName, ReplicaId, VolumeId};
 
 use crate::api::{Output, PeerId};
 use crate::options::Identity;
@@ -261,16 +261,23 @@ impl Pairs {
         self.exited.contains(&instance)
     }
 
-    /// The pair to the shard of `node` that keeps `volume`; one that is up, where there is one.
-    fn find(&self, node: &NodeName, volume: VolumeId) -> Option<(&PeerId, &Pair)> {
+    /// The pair to the shard of `node` that keeps this replica of `volume`; one that is up, where
+    /// there is one.
+    fn find(
+        &self,
+        (node, replica): (&NodeName, ReplicaId),
+        volume: VolumeId,
+    ) -> Option<(&PeerId, &Pair)> {
         let first = PeerId { node: node.clone(), shard: 0 };
         let of_node = self.by_peer.range(first..).take_while(|(peer, _)| peer.node == *node);
-        of_node.filter(|(p, pair)| p.shard == volume.shard(pair.shards)).max_by_key(|(_, p)| p.up)
+        let here = |pair: &Pair| replica.shard().unwrap_or_else(|| volume.shard(pair.shards));
+        of_node.filter(|(peer, pair)| peer.shard == here(pair)).max_by_key(|(_, pair)| pair.up)
     }
 
     /// Where to send for a volume's replica on a node.
-    pub fn route(&self, node: &NodeName, volume: VolumeId) -> Option<PeerId> {
-        self.find(node, volume).filter(|(_, pair)| pair.up).map(|(peer, _)| peer.clone())
+    pub fn route(&self, node: &NodeName, replica: ReplicaId, volume: VolumeId) -> Option<PeerId> {
+        let found = self.find((node, replica), volume);
+        found.filter(|(_, pair)| pair.up).map(|(peer, _)| peer.clone())
     }
 
     /// The instance at the other end of a link that is up.
@@ -282,20 +289,21 @@ impl Pairs {
     /// message that it echoed was sent (T2).
     pub fn liveness(
         &self,
-        node: &NodeName,
+        member: &Member,
         volume: VolumeId,
     ) -> Option<(InstanceId, bool, Instant)> {
-        self.find(node, volume).map(|(_, pair)| (pair.instance, pair.failed, pair.echoed))
+        let found = self.find((&member.node, member.replica), volume);
+        found.map(|(_, pair)| (pair.instance, pair.failed, pair.echoed))
     }
 
     /// Until when the grant of that instance on that node holds (L2).
     pub fn granted_until(
         &self,
-        node: &NodeName,
+        (node, replica): (&NodeName, ReplicaId),
         volume: VolumeId,
         instance: InstanceId,
     ) -> Option<Instant> {
-        let (_, pair) = self.find(node, volume)?;
+        let (_, pair) = self.find((node, replica), volume)?;
         (pair.instance == instance).then_some(pair.granted_until)
     }
 }

@@ -303,6 +303,12 @@ impl Node {
                 }
                 _ => {}
             },
+            StorageEvent::Chunks { token, result } => {
+                if let Some(Purpose::Chunks(control, place)) = self.tokens.take(token) {
+                    let page = result.map(|page| ControlDone::ChunkMap(place, page));
+                    out.push(Output::ControlDone(control, page.map_err(ControlError::from)));
+                }
+            }
             StorageEvent::Stamps { token, result } => match self.tokens.take(token) {
                 Some(Purpose::CopyStamps(asked)) => {
                     let volume = asked.volume;
@@ -494,6 +500,9 @@ impl Node {
                 (volume, Box::new(move |r, cx| r.ask_hand_over(to, token, cx)))
             }
             Control::ChunkSums(volume) => (volume, Box::new(move |r, cx| r.chunk_sums(token, cx))),
+            Control::ChunkMap(volume, from) => {
+                (volume, Box::new(move |r, cx| r.chunk_map(from, token, cx)))
+            }
         };
         if self.with(volume, now, storage, out, run).is_none() {
             let none = StorageError::NoReplica(volume);

@@ -156,7 +156,8 @@ impl Replica {
         }
         let voters: Vec<Member> =
             self.known.as_ref().map(|known| self.others(&known.config)).unwrap_or_default();
-        let linked = |member: &Member| cx.pairs.route(&member.node, self.volume).is_some();
+        let linked =
+            |member: &Member| cx.pairs.route(&member.node, member.replica, self.volume).is_some();
         let next = voters.iter().enumerate().skip(index).find(|(_, member)| linked(member));
         let until = cx.now + cx.options.timing.beat * ANSWER_BEATS;
         if let Some((index, member)) = next {

@@ -292,7 +292,7 @@ impl Replica {
             if excluded && !canary!(cx.options, PairGrantForSealed) {
                 return None;
             }
-            cx.pairs.granted_until(&member.node, self.volume, instance)
+            cx.pairs.granted_until((&member.node, replica), self.volume, instance)
         })
     }
 

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tercet_proto::message::{Envelope, ReplicaMessage, Tail};
-use tercet_proto::{Config, ConfigState, Instant, Place, Primary, ReplicaId};
+use tercet_proto::{Config, ConfigState, Instant, Member, Place, Primary, ReplicaId};
 
 use crate::api::{Notice, Output, PeerId};
 use crate::cx::Cx;
@@ -76,6 +76,12 @@ impl Watch {
     }
 }
 
+/// The member that leads by this configuration: of `members`, but while these are being changed
+/// and one that leaves leads on.
+fn leader(config: &Config) -> Option<&Member> {
+    config.voters().find(|member| member.node == config.primary.node)
+}
+
 impl Replica {
     /// T2: whether this replica misses the primary of the newest configuration.
     pub fn misses_primary(&self, cx: &Cx<'_>) -> bool {
@@ -93,7 +99,7 @@ impl Replica {
         if *node == cx.options.identity.node {
             return *instance != cx.options.identity.instance || late;
         }
-        let alive = cx.pairs.liveness(node, self.volume);
+        let alive = leader(&known.config).and_then(|led| cx.pairs.liveness(led, self.volume));
         let other_answers = alive.is_some_and(|(answers, _, _)| answers != *instance);
         let failed = alive.is_some_and(|(_, failed, _)| failed);
         let heard = alive.map_or(known.since, |(_, _, echoed)| echoed.max(known.since));
@@ -170,15 +176,14 @@ impl Replica {
     /// The member that led, when another instance answers in its place: it goes last. If it came
     /// back long ago two may stand at a time, and one of their swaps is lost (T3).
     fn returned(&self, config: &Config, cx: &Cx<'_>) -> Option<ReplicaId> {
-        let Primary { node, instance } = &config.primary;
-        let (answers, _, _) = cx.pairs.liveness(node, self.volume)?;
-        let led = config.members.iter().find(|member| member.node == *node)?;
-        (answers != *instance).then_some(led.replica)
+        let led = leader(config)?;
+        let (answers, _, _) = cx.pairs.liveness(led, self.volume)?;
+        (answers != config.primary.instance).then_some(led.replica)
     }
 
     /// Asks to be woken when the primary becomes missed, rather than a beat later.
     fn wake_when_silent(&mut self, config: &Config, cx: &mut Cx<'_>) {
-        let alive = cx.pairs.liveness(&config.primary.node, self.volume);
+        let alive = leader(config).and_then(|led| cx.pairs.liveness(led, self.volume));
         if let (Some((_, _, echoed)), Some(known)) = (alive, &self.known) {
             let at = echoed.max(known.since) + cx.options.timing.missing_after;
             self.wake(at + Duration::from_millis(1));

@@ -13,6 +13,7 @@ use tercet_proto::{
 use tercet_replication::api::{
     Attachment, Control, ControlDone, ControlError, Input, SwapOutcome, VolumeView,
 };
+use uuid::Uuid;
 
 use crate::mix::MS;
 use crate::phases::Sums;
@@ -144,7 +145,7 @@ impl World {
         }
         let new = NewReplica {
             volume: self.volumes[volume].id,
-            replica: ReplicaId::from_bytes(self.id_bytes()),
+            replica: ReplicaId::on_shard(Uuid::from_bytes(self.id_bytes()), 0),
             name: format!("volume{volume}"),
             size_blocks: self.mix.blocks,
             source: self.volumes[volume].source,

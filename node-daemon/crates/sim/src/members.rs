@@ -12,6 +12,7 @@
 use rand::Rng;
 use tercet_proto::{Config, ConfigState, Member, NewReplica, ReplicaId};
 use tercet_replication::api::{Control, Replacement};
+use uuid::Uuid;
 
 use crate::cluster::Asked;
 use crate::device::Device;
@@ -202,7 +203,7 @@ impl World {
         if wanted && made.is_none() {
             let new = NewReplica {
                 volume: self.volumes[volume].id,
-                replica: ReplicaId::from_bytes(self.id_bytes()),
+                replica: ReplicaId::on_shard(Uuid::from_bytes(self.id_bytes()), 0),
                 name: format!("volume{volume}"),
                 size_blocks: self.mix.blocks,
                 source: None,

@@ -19,6 +19,7 @@ mod cache;
 mod changes;
 mod check;
 mod checkpoint;
+mod chunks;
 mod clone;
 mod format;
 mod incoming;

@@ -11,6 +11,7 @@ use tercet_proto::disk::{CHUNK_BLOCKS, LeafBlock};
 use tercet_proto::storage::{StorageError, StorageEvent};
 use tercet_proto::{BlockRange, Token, VolumeId};
 
+use crate::chunks::ChunkWalk;
 use crate::leaf::{Chunk, LeafNo};
 use crate::load::{LeafError, Waiter};
 use crate::map::{Map, Space, by_chunk, split};
@@ -27,6 +28,7 @@ pub(crate) enum Parked {
     Blocks(Box<Blocks>),
     Sums(VolumeId, Box<Sums>),
     Stamps(Box<Walk>),
+    Chunks(Box<ChunkWalk>),
     /// With the leaves that are pinned for it.
     Task(Task, Vec<LeafNo>),
 }
@@ -63,6 +65,7 @@ impl Parked {
             Self::Blocks(_) | Self::Task(..) => None,
             Self::Sums(_, sums) => Some(&sums.map),
             Self::Stamps(walk) => Some(&walk.map),
+            Self::Chunks(walk) => Some(&walk.map),
         }
     }
 
@@ -126,6 +129,7 @@ impl Store {
                 Parked::Blocks(blocks) => Self::leaf_error(blocks.volume, blocks.at(), error),
                 Parked::Sums(volume, sums) => Self::leaf_error(*volume, sums.start(), error),
                 Parked::Stamps(walk) => Self::leaf_error(walk.volume, walk.at, error),
+                Parked::Chunks(walk) => Self::leaf_error(walk.volume, walk.start(), error),
                 Parked::Task(task, _) => Self::task_error(task, error),
             };
             return self.give_up(parked, error);
@@ -142,6 +146,7 @@ impl Store {
                     self.events.push(StorageEvent::Stamps { token, result: Ok(runs) });
                 }
             }
+            Parked::Chunks(walk) => self.go_on_with_chunks(walk),
             Parked::Task(task, pins) => self.go_on_with_task(task, pins, no),
         }
     }
@@ -153,6 +158,7 @@ impl Store {
                 self.events.push(StorageEvent::Read { token: blocks.token, result: Err(error) });
             }
             Parked::Sums(_, sums) => self.finish_sums(*sums, Err(error)),
+            Parked::Chunks(walk) => self.finish_chunks(*walk, Err(error)),
             Parked::Task(task, pins) => self.end_task(&task, &pins, error),
             Parked::Stamps(walk) => {
                 walk.map.release(&mut self.space());

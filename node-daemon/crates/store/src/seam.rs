@@ -161,6 +161,12 @@ impl Storage for Store {
         }
     }
 
+    fn chunk_map(&mut self, volume: VolumeId, from: u64, token: Token) {
+        if let Err(error) = self.start_chunks(volume, from, token) {
+            self.events.push(StorageEvent::Chunks { token, result: Err(error) });
+        }
+    }
+
     fn chunk_sums(&mut self, volume: VolumeId, token: Token) {
         match self.live_replica(volume) {
             Ok(replica) => {

@@ -7,8 +7,8 @@ use tercet_nvmf::auth::Secret;
 use tercet_nvmf::target::Keys;
 use tercet_proto::StorageError;
 use tercet_proto::{
-    BLOCK_BYTES, Config, ConfigState, Epoch, InstanceId, Lsn, Member, NodeName, Place, Primary,
-    ReplicaId, SnapshotId, Source, VolumeId,
+    BLOCK_BYTES, ChunkRow, Config, ConfigState, Epoch, InstanceId, Lsn, Member, NodeName, Place,
+    Primary, ReplicaId, SnapshotId, Source, VolumeId,
 };
 use tercet_replication::api::{Attachment, ControlError, Replacement, SwapOutcome, VolumeView};
 use tonic::{Code, Status};
@@ -180,6 +180,20 @@ pub fn keys(view: &pb::VolumeView) -> Result<HostKeys, Status> {
     }
     let epoch = view.config.as_ref().map_or(0, |config| config.epoch);
     Ok(HostKeys { as_of: (epoch, view.generation), keys })
+}
+
+/// A row of a chunk map.
+pub fn chunk_row(row: &ChunkRow) -> pb::ChunkRow {
+    let bytes = |blocks: u32| u64::from(blocks) * BLOCK_BYTES as u64;
+    pb::ChunkRow {
+        chunk: row.chunk,
+        mapped_bytes: bytes(row.mapped_blocks),
+        shared_bytes: bytes(row.shared_blocks),
+        extents: row.extents,
+        device_offset_bytes: bytes(row.device_block),
+        changed_epoch: row.changed.epoch.0,
+        changed_lsn: row.changed.lsn.0,
+    }
 }
 
 /// How a swap ended.

@@ -7,20 +7,21 @@ use std::time::Duration;
 use tercet_noderep::{NodeReplicated, Options, Replica};
 use tercet_proto::{InstanceId, NodeName, VolumeId};
 use tercet_reactor::{PostError, Postbox};
-use tercet_replication::api::{Control, ControlDone, Input};
+use tercet_replication::api::{Control, ControlDone, Input, VolumeView};
 use tokio::sync::oneshot;
 use tonic::Status;
 
 use super::convert;
-use crate::core::{ReactorStatus, ToReactor};
-use crate::opener::DeviceState;
+use super::placement::{self, Room};
+use crate::core::{ReactorStatus, ShardReport, ToReactor};
+use crate::opener::{DeviceState, OPENING};
 use crate::plan::Plan;
 use crate::table::{Change, Table, Volume};
 
 /// How long a reactor may take for an answer of its own.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long a request may take that has to become durable or committed.
-const COMMIT: Duration = Duration::from_secs(30);
+pub(super) const COMMIT: Duration = Duration::from_secs(30);
 
 /// The postboxes of all reactors, in order.
 #[derive(Clone)]
@@ -163,10 +164,46 @@ impl Directory {
         shard.ok_or_else(|| Status::unavailable("not configured yet"))
     }
 
-    /// Hands an input to the volume's shard.
-    pub fn input(&self, volume: VolumeId, input: Input) -> Result<(), Status> {
-        let shard = self.shard_of(volume)?;
+    /// The shard that has a volume's replica, or has been chosen for it.
+    pub fn home(&self, volume: VolumeId) -> Option<u16> {
+        self.own(|table| table.latest().home(volume))
+    }
+
+    /// From now on the volume's replica is looked for on this shard; false: another one has it.
+    pub fn settle(&self, volume: VolumeId, shard: u16) -> Result<bool, Status> {
+        self.own(|table| {
+            change(table, Change::Home(volume, shard))?;
+            Ok(table.latest().home(volume) == Some(shard))
+        })
+    }
+
+    /// The volume's replica was not made.
+    pub fn unsettle(&self, volume: VolumeId) -> Result<(), Status> {
+        self.own(|table| change(table, Change::NoHome(volume)))
+    }
+
+    /// Where a volume's replica lies: the device's name, and which of its regions of how many.
+    pub fn device_of(&self, volume: VolumeId) -> Result<(String, u16, u16), Status> {
+        let plan = self.plan().ok_or_else(|| Status::unavailable("not configured yet"))?;
+        let (shard, regions) = (self.shard_of(volume)?, plan.shards_per_device);
+        let device = &plan.devices[usize::from(shard / regions)];
+        Ok((device.id.clone(), shard % regions, regions))
+    }
+
+    /// Hands an input to a shard.
+    pub fn input(&self, shard: u16, input: Input) -> Result<(), Status> {
         self.reactors.post(self.reactors.of_shard(shard), ToReactor::Input(shard, Box::new(input)))
+    }
+
+    /// Shows a view of the volume to the shard that has its replica; to all while none is known to
+    /// have it (a device may be opened later): those that have none take no notice.
+    pub fn observe(&self, volume: VolumeId, view: &VolumeView) -> Result<(), Status> {
+        let plan = self.plan().ok_or_else(|| Status::unavailable("not configured yet"))?;
+        let shards = self.home(volume).map_or(0..plan.shards(), |home| home..home + 1);
+        for shard in shards {
+            self.input(shard, Input::Observe(volume, view.clone()))?;
+        }
+        Ok(())
     }
 
     /// Asks the volume's shard and waits for the answer.
@@ -191,6 +228,41 @@ impl Directory {
             Ok(Err(_)) => Err(Status::unavailable(format!("shard {shard} is not there"))),
             Err(_) => Err(Status::aborted("not done in time, the outcome is unknown: ask again")),
         }
+    }
+
+    /// The shard for a new replica of the volume, and from now on its home: the source's, whose
+    /// chunks a clone shares (S3), else the one with the most room.
+    pub async fn make_home(
+        &self,
+        volume: VolumeId,
+        size_bytes: u64,
+        source: Option<VolumeId>,
+    ) -> Result<u16, Status> {
+        let chosen = match (self.home(volume), source) {
+            (Some(home), _) => home,
+            (None, Some(source)) => self.home(source).ok_or_else(|| {
+                Status::not_found(format!("no replica of the source, volume {source}, is here"))
+            })?,
+            (None, None) => self.choose(volume, size_bytes).await?,
+        };
+        if self.settle(volume, chosen)? {
+            Ok(chosen)
+        } else {
+            Err(Status::aborted("a replica of the volume came to light elsewhere: ask again"))
+        }
+    }
+
+    async fn choose(&self, volume: VolumeId, size_bytes: u64) -> Result<u16, Status> {
+        // The volume may have a replica on a device that is not open yet.
+        if let Some(device) = self.devices().iter().find(|device| device.message == OPENING) {
+            return Err(Status::unavailable(format!("device {} is being opened", device.id)));
+        }
+        let reactors = self.statuses().await?;
+        let shards = reactors.iter().flat_map(|reactor| &reactor.shards);
+        let open = shards.filter(|shard| shard.failed.is_none());
+        let rooms: Vec<Room> = open.map(ShardReport::room).collect();
+        placement::choose(&rooms, volume, size_bytes)
+            .ok_or_else(|| Status::unavailable("no device is open: see the devices of Status"))
     }
 
     /// The status of every reactor.

@@ -5,6 +5,7 @@
 
 pub mod convert;
 mod directory;
+pub mod placement;
 mod service;
 mod status;
 

@@ -8,13 +8,13 @@ use std::time::Duration;
 use tercet_proto::disk::CHUNK_BLOCKS;
 use tercet_proto::{BLOCK_BYTES, NewReplica, NodeName, ReplicaId, VolumeId};
 use tercet_replication::api::{Control, ControlDone, Input, SwapOutcome};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use tokio_stream::Stream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::directory::Directory;
+use super::directory::{COMMIT, Directory};
 use super::{convert, status};
 use crate::core::{HostKeys, ToReactor};
 use crate::opener::Opener;
@@ -29,6 +29,9 @@ const HAND_OVER: Duration = Duration::from_secs(3);
 /// Bytes of a row of `Storage::chunk_sums`.
 const CHUNK_SUM_BYTES: usize = 12;
 
+/// Rows of a chunk map in one answer, but for what its last page has more.
+const CHUNK_ROWS: usize = 4032;
+
 /// What the membership may hold of a peer.
 const STANDINGS: [&str; 3] = ["Alive", "Suspected", "Dead"];
 
@@ -39,6 +42,8 @@ pub struct Service {
     opener: Opener,
     state_dir: PathBuf,
     stop: Arc<Notify>,
+    /// Held while a replica is made: where it goes depends on those before it.
+    creating: Mutex<()>,
 }
 
 impl Service {
@@ -50,7 +55,7 @@ impl Service {
         state_dir: PathBuf,
         stop: Arc<Notify>,
     ) -> Self {
-        Self { directory, outbox, opener, state_dir, stop }
+        Self { directory, outbox, opener, state_dir, stop, creating: Mutex::default() }
     }
 
     /// Carries out a plan: at start the remembered one, later the agent's.
@@ -80,6 +85,20 @@ impl Service {
             self.directory.reactors.post(reactor, ToReactor::Keys(volume, keys.clone()))?;
         }
         Ok(())
+    }
+
+    /// Replicas whose ids do not name their shard are found by how many shards there are.
+    async fn may_add_devices(&self) -> Result<(), Status> {
+        let reactors = self.directory.statuses().await?;
+        let mut replicas = reactors.iter().flat_map(|reactor| &reactor.replicas);
+        match replicas.find(|report| report.status.replica.shard().is_none()) {
+            None => Ok(()),
+            Some(older) => Err(Status::failed_precondition(format!(
+                "devices: replica {} of {} is of a version before replicas named their shard: no \
+                 device can be added beside it; move its volume to another node first",
+                older.status.replica, older.name
+            ))),
+        }
     }
 
     fn configured(&self) -> Result<Arc<Plan>, Status> {
@@ -120,6 +139,9 @@ impl pb::engine_server::Engine for Service {
             warn!(%error, "the agent's configuration is refused");
             plan_refusal(&error)
         })?;
+        if current.as_deref().is_some_and(|current| plan.adds_devices(current)) {
+            self.may_add_devices().await?;
+        }
         if current.as_deref() != Some(&plan) {
             state::save(&self.state_dir, &plan).map_err(|e| Status::internal(e.to_string()))?;
             info!(devices = plan.devices.len(), peers = plan.peers.len(), "configured");
@@ -144,7 +166,7 @@ impl pb::engine_server::Engine for Service {
         // Before the volume's shard hears of it: what comes of it finds every reactor informed.
         self.directory.tell(volume, Volume::of(&view))?;
         self.outbox.view_came(volume, view.fence, view.consistent);
-        self.directory.input(volume, Input::Observe(volume, view))?;
+        self.directory.observe(volume, &view)?;
         Ok(Response::new(pb::ObserveVolumeResponse {}))
     }
 
@@ -159,28 +181,29 @@ impl pb::engine_server::Engine for Service {
                 let why = "source: a learner is copied to, it starts from nothing (M1)";
                 return Err(Status::invalid_argument(why));
             }
-            Some(source) => {
-                let from = convert::volume(&source.volume)?;
-                if self.directory.shard_of(from)? != self.directory.shard_of(volume)? {
-                    let why = "the source's replica is on another shard of this engine: a clone \
-                               across shards is not possible yet";
-                    return Err(Status::failed_precondition(why));
-                }
-                Some(convert::source(from, source)?)
-            }
+            Some(source) => Some(convert::source(convert::volume(&source.volume)?, source)?),
             None => None,
         };
+        let size_blocks = convert::blocks("size_bytes", request.size_bytes)?;
+        let _one_at_a_time = self.creating.lock().await;
+        let known = self.directory.home(volume).is_some();
+        let from = source.as_ref().map(|source| source.volume);
+        let shard = self.directory.make_home(volume, request.size_bytes, from).await?;
         let new = NewReplica {
             volume,
-            replica: ReplicaId(Uuid::new_v4()),
+            replica: ReplicaId::on_shard(Uuid::new_v4(), shard),
             name: request.name,
-            size_blocks: convert::blocks("size_bytes", request.size_bytes)?,
+            size_blocks,
             source,
             incomplete: true,
         };
         let control =
             if request.learner { Control::CreateLearner(new) } else { Control::CreateReplica(new) };
-        match self.directory.ask(volume, control).await? {
+        let done = self.directory.ask(volume, control).await;
+        if !known && done.as_ref().is_err_and(|error| error.code() == Code::ResourceExhausted) {
+            self.directory.unsettle(volume)?; // nothing was made: another shard may have room
+        }
+        match done? {
             ControlDone::Replica { replica, incomplete } => {
                 let replica = replica.to_string();
                 Ok(Response::new(pb::CreateReplicaResponse { replica, incomplete }))
@@ -196,9 +219,14 @@ impl pb::engine_server::Engine for Service {
         let request = request.into_inner();
         let volume = convert::volume(&request.volume)?;
         let replica = convert::replica(&request.replica)?;
-        self.directory.ask(volume, Control::DeleteReplica(volume, replica)).await?;
-        self.directory.forget(volume)?;
-        self.outbox.forget(volume);
+        // By its id, if that says so: its device may not be open.
+        let shard = replica.shard().map_or_else(|| self.directory.shard_of(volume), Ok)?;
+        let control = Control::DeleteReplica(volume, replica);
+        self.directory.ask_shard(shard, control, COMMIT).await?;
+        if self.directory.home(volume).is_none_or(|home| home == shard) {
+            self.directory.forget(volume)?;
+            self.outbox.forget(volume);
+        }
         Ok(Response::new(pb::DeleteReplicaResponse {}))
     }
 
@@ -268,6 +296,38 @@ impl pb::engine_server::Engine for Service {
         }))
     }
 
+    async fn chunk_map(
+        &self,
+        request: Request<pb::ChunkMapRequest>,
+    ) -> Result<Response<pb::ChunkMapResponse>, Status> {
+        let request = request.into_inner();
+        let volume = convert::volume(&request.volume)?;
+        let (device, region, regions) = self.directory.device_of(volume)?;
+        let mut answer = pb::ChunkMapResponse {
+            chunk_bytes: CHUNK_BLOCKS as u64 * BLOCK_BYTES as u64,
+            device,
+            region: region.into(),
+            regions: regions.into(),
+            next_chunk: Some(request.from_chunk),
+            ..Default::default()
+        };
+        while let Some(from) = answer.next_chunk.take() {
+            let done = self.directory.ask(volume, Control::ChunkMap(volume, from)).await?;
+            let ControlDone::ChunkMap(place, page) = done else {
+                unreachable!("rows answer a request for rows, not {done:?}")
+            };
+            if answer.rows.is_empty() {
+                (answer.epoch, answer.lsn) = (place.epoch.0, place.lsn.0);
+            }
+            answer.rows.extend(page.rows.iter().map(convert::chunk_row));
+            answer.next_chunk = page.next;
+            if answer.rows.len() >= CHUNK_ROWS {
+                break;
+            }
+        }
+        Ok(Response::new(answer))
+    }
+
     async fn events(
         &self,
         _: Request<pb::EventsRequest>,
@@ -304,7 +364,7 @@ impl pb::engine_server::Engine for Service {
             if let SwapOutcome::Swapped(view) | SwapOutcome::Lost(view) = &outcome {
                 self.directory.tell(volume, Volume::of(view))?; // as in `observe_volume`
             }
-            self.directory.input(volume, Input::Swapped(id.token, outcome))?;
+            self.directory.input(id.shard, Input::Swapped(id.token, outcome))?;
             self.outbox.swap_answered(id);
         }
         Ok(Response::new(pb::ReportSwapResponse {}))

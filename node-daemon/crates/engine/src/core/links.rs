@@ -101,6 +101,8 @@ pub(super) struct Links {
     dials: BTreeMap<Route, Dial>,
     /// How many shards a node has, as its last Hello said.
     shards: HashMap<NodeName, u16>,
+    /// How many shards this engine had when the links were made; they say so in their Hello.
+    own_shards: u16,
     /// Links that are being detached, and what they said.
     moving: HashMap<StreamId, (Hello, Decoder)>,
     /// Scratch for encoding.
@@ -157,6 +159,7 @@ impl Core {
         let Some(plan) = self.plan().cloned() else {
             return;
         };
+        self.renew_links(plan.shards());
         let own = self.directory.node.as_str();
         let mut wanted = BTreeMap::new();
         for peer in plan.peers.iter().filter(|peer| own < peer.node.as_str()) {
@@ -184,6 +187,17 @@ impl Core {
         let lost: Vec<StreamId> = lost.into_iter().map(|(_, stream)| *stream).collect();
         for stream in lost {
             self.close_link(stream);
+        }
+    }
+
+    /// A device was added: peers learn of its shards by the Hello of the next links.
+    fn renew_links(&mut self, shards: u16) {
+        let before = std::mem::replace(&mut self.links.own_shards, shards);
+        if before != 0 && before != shards {
+            let up: Vec<StreamId> = self.links.up.values().copied().collect();
+            for stream in up {
+                self.close_link(stream);
+            }
         }
     }
 

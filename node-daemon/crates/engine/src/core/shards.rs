@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::process::exit;
 
 use tercet_proto::disk::StoreId;
-use tercet_proto::{BlockVersion, Token, VolumeId};
+use tercet_proto::{BLOCK_BYTES, BlockVersion, Token, VolumeId};
 use tercet_reactor::{DiskId, FileDisk, now};
 use tercet_replication::api::{
     Control, ControlDone, ControlError, Input, Notice as ShardNotice, Output, VolumeView,
@@ -19,6 +19,7 @@ use super::Core;
 use super::types::{Answer, NewShard, ReplicaReport, ShardReport};
 use crate::outbox::{Notice, Swap, SwapId};
 use crate::supervisor::EXIT_FATAL;
+use crate::table::Change;
 
 /// Bytes at the start of a device that are looked at to tell a fresh one from a damaged one.
 const BLANK_BYTES: u64 = 1 << 20;
@@ -54,10 +55,17 @@ impl Slot {
         self.inner.as_ref().and_then(Shard::next_deadline)
     }
 
+    fn provisioned_bytes(&self) -> u64 {
+        let replicas = self.inner.as_ref().map(|shard| shard.storage().replicas());
+        let blocks = replicas.iter().flatten().map(|replica| replica.size_blocks);
+        blocks.sum::<u64>() * BLOCK_BYTES as u64
+    }
+
     pub(super) fn report(&self) -> ShardReport {
         ShardReport {
             shard: self.shard,
             usage: self.inner.as_ref().map(Shard::usage).unwrap_or_default(),
+            provisioned_bytes: self.provisioned_bytes(),
             scrub: self.inner.as_ref().map(Shard::scrub_status).unwrap_or_default(),
             failed: self.failed.clone(),
         }
@@ -173,7 +181,19 @@ impl Core {
         }
         let replicas = self.slots[slot].inner.as_ref().expect("it is open").storage().replicas();
         for replica in replicas {
+            self.settle_home(shard, replica.volume);
             self.export(slot, replica.volume);
+        }
+    }
+
+    /// A replica has been found here: whoever asks about its volume is sent here.
+    fn settle_home(&mut self, shard: u16, volume: VolumeId) {
+        if let Err(error) = self.table.write(Change::Home(volume, shard)) {
+            error!(%volume, shard, %error, "the node's table cannot be changed");
+        }
+        let home = self.table.latest().home(volume);
+        if home != Some(shard) {
+            error!(%volume, shard, ?home, "a second replica of the volume is here: it is not used");
         }
     }
 

@@ -12,6 +12,8 @@ use tercet_replication::api::{Control, ControlDone, ControlError, Input, PeerId,
 use tercet_shard::{ScrubStatus, Usage};
 use tokio::sync::oneshot;
 
+use crate::control::placement::Room;
+
 /// Answer to a request of the agent's.
 pub type Answer = oneshot::Sender<Result<ControlDone, ControlError>>;
 
@@ -95,10 +97,24 @@ pub struct ShardReport {
     pub shard: u16,
     /// How full it is.
     pub usage: Usage,
+    /// Bytes of all volumes that have a replica there, written or not.
+    pub provisioned_bytes: u64,
     /// How far scrub is, and what was found bad (rule C4).
     pub scrub: ScrubStatus,
     /// What is wrong with it.
     pub failed: Option<String>,
+}
+
+impl ShardReport {
+    /// What there is for new replicas.
+    pub fn room(&self) -> Room {
+        Room {
+            shard: self.shard,
+            capacity_bytes: self.usage.capacity_bytes,
+            allocated_bytes: self.usage.allocated_bytes,
+            provisioned_bytes: self.provisioned_bytes,
+        }
+    }
 }
 
 /// How a replica is.

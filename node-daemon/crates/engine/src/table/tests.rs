@@ -53,6 +53,21 @@ fn an_older_view_takes_no_epoch_and_no_member_back() {
 }
 
 #[test]
+fn a_volume_is_where_its_replica_is() {
+    let mut table = Table::default();
+    assert_eq!((table.shard_of(VOLUME), table.home(VOLUME)), (None, None));
+    table.write(Change::Plan(plan(&[])));
+    table.write(Change::Home(VOLUME, 3));
+    table.write(Change::Home(VOLUME, 5));
+    assert_eq!(table.shard_of(VOLUME), Some(3), "the first that has it keeps it");
+    table.write(Change::Forget(VOLUME));
+    table.write(Change::Home(VOLUME, 5));
+    assert_eq!(table.home(VOLUME), Some(5));
+    table.write(Change::NoHome(VOLUME));
+    assert_eq!(table.home(VOLUME), None);
+}
+
+#[test]
 fn the_discovery_log_is_made_anew_only_for_what_is_in_it() {
     let mut table = Table::default();
     let mut changes = |change| {

@@ -91,6 +91,12 @@ impl Agent {
         let request = pb::ChunkSumsRequest { volume: volume.to_string() };
         Some(client.chunk_sums(request).await.ok()?.into_inner())
     }
+
+    pub async fn chunk_map(&self, volume: Uuid) -> Option<pb::ChunkMapResponse> {
+        let mut client = self.client().await?;
+        let request = pb::ChunkMapRequest { volume: volume.to_string(), from_chunk: 0 };
+        Some(client.chunk_map(request).await.ok()?.into_inner())
+    }
 }
 
 async fn follow(socket: PathBuf, configure: pb::ConfigureRequest, objects: Arc<Objects>) {

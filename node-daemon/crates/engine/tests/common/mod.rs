@@ -4,6 +4,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod agent;
+pub mod hosts;
 pub mod objects;
 
 use std::collections::BTreeMap;
@@ -17,7 +18,6 @@ use std::time::{Duration, Instant};
 use agent::Agent;
 use objects::Objects;
 use tercet_engine::pb::engine as pb;
-use tercet_proto::VolumeId;
 use uuid::Uuid;
 
 /// How long anything may take that a test waits for.
@@ -158,6 +158,16 @@ impl Cluster {
         }
     }
 
+    /// The agents begin anew, and ask for this.
+    pub fn restart_agents(&mut self, change: impl Fn(&mut pb::ConfigureRequest)) {
+        for number in 0..3 {
+            let mut configure = self.configure_request(number);
+            change(&mut configure);
+            let (socket, objects) = (self.nodes[number].socket.clone(), Arc::clone(&self.objects));
+            self.nodes[number].agent = Some(Agent::start(socket, configure, objects));
+        }
+    }
+
     fn agent(&self, number: usize) -> Agent {
         let node = &self.nodes[number];
         let configure = self.configure_request(number);
@@ -180,19 +190,17 @@ impl Cluster {
 
     /// Makes a volume as the operator does: a replica on each node, then the first configuration.
     pub async fn create_volume(&self, size_bytes: u64, host_nqn: &str) -> Uuid {
-        self.create_volume_of_shard(0, 1, size_bytes, host_nqn).await
+        self.create(size_bytes, host_nqn, None).await
     }
 
-    /// One whose replicas are on shard `shard` of `shards`.
-    pub async fn create_volume_of_shard(
+    /// As `create_volume`, a clone of a snapshot.
+    pub async fn create(
         &self,
-        shard: u16,
-        shards: u16,
         size_bytes: u64,
         host_nqn: &str,
+        source: Option<pb::CloneSource>,
     ) -> Uuid {
-        let mut ids = std::iter::repeat_with(Uuid::new_v4);
-        let volume = ids.find(|&id| VolumeId(id).shard(shards) == shard).expect("endless");
+        let volume = Uuid::new_v4();
         let mut members = Vec::new();
         for node in &self.nodes {
             let agent = node.agent.as_ref().expect("an agent");
@@ -200,7 +208,7 @@ impl Cluster {
                 volume: volume.to_string(),
                 name: "pvc-test".into(),
                 size_bytes,
-                source: None,
+                source: source.clone(),
                 learner: false,
             };
             let replica = agent.create_replica(request).await;
@@ -279,6 +287,19 @@ impl Cluster {
         self.nodes.iter().map(one).collect()
     }
 
+    /// Each node's map has the chunks that have a checksum, if it is of the same place.
+    async fn same_chunks(&self, volume: Uuid, sums: &pb::ChunkSumsResponse) {
+        for number in 0..self.nodes.len() {
+            let map = self.agent_of(number).chunk_map(volume).await.expect("answers as for sums");
+            if (map.epoch, map.lsn) == (sums.epoch, sums.lsn) {
+                let chunks = map.rows.iter().map(|row| row.chunk);
+                assert!(chunks.eq(sums.sums.iter().map(|sum| sum.index)), "node {number}: {map:?}");
+                assert!(map.rows.iter().all(|row| row.mapped_bytes > 0 && row.extents > 0));
+                assert!(!map.device.is_empty() && map.region < map.regions, "{map:?}");
+            }
+        }
+    }
+
     /// The checksums of a volume on each node, once all have applied the same place.
     pub async fn equal_sums(&self, volume: Uuid) -> BTreeMap<u64, u32> {
         let start = Instant::now();
@@ -291,6 +312,7 @@ impl Cluster {
             if let Some(first) = first
                 && all.iter().all(|sums| sums.as_ref() == Some(&first))
             {
+                self.same_chunks(volume, &first).await;
                 return first.sums.iter().map(|sum| (sum.index, sum.crc32c)).collect();
             }
             if start.elapsed() > PATIENCE {

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use bytes::Bytes;
 use tercet_proto::storage::{Incomplete, NewReplica, SnapshotState, Storage, StorageEvent};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, BlockVersion, Config, Copies, Entry, EntryHeader, EntryKind, Lsn,
-    Piece, Place, Promise, Repairs, ReplicaId, ReplicaState, SnapshotId, StampRun, Stamps,
-    StorageError, Token, View, ViewId, VolumeId,
+    BLOCK_BYTES, BlockRange, BlockVersion, ChunkPage, Config, Copies, Entry, EntryHeader,
+    EntryKind, Lsn, Piece, Place, Promise, Repairs, ReplicaId, ReplicaState, SnapshotId, StampRun,
+    Stamps, StorageError, Token, View, ViewId, VolumeId,
 };
 
 /// What is on its way to the device.
@@ -568,6 +568,10 @@ impl Storage for MemStore {
 
     fn chunk_sums(&mut self, _: VolumeId, token: Token) {
         self.events.push_back(StorageEvent::Read { token, result: Ok(Vec::new()) });
+    }
+
+    fn chunk_map(&mut self, _: VolumeId, _: u64, token: Token) {
+        self.events.push_back(StorageEvent::Chunks { token, result: Ok(ChunkPage::default()) });
     }
 }
 

@@ -82,6 +82,7 @@ impl Storage for FakeStore {
         self.events.push(StorageEvent::Read { token, result: Ok(vec![Bytes::new()]) });
     }
     fn chunk_sums(&mut self, _: VolumeId, _: Token) {}
+    fn chunk_map(&mut self, _: VolumeId, _: u64, _: Token) {}
 }
 
 impl Backend for FakeStore {

@@ -14,9 +14,9 @@ use rand::{Rng, SeedableRng};
 use tercet_proto::disk::{StoreId, crc32c};
 use tercet_proto::storage::{Incomplete, Source, Storage, StorageError, StorageEvent};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, BlockVersion, Config, ConfigState, Entry, EntryHeader, EntryKind,
-    Epoch, InstanceId, Instant, Lsn, Member, NewReplica, NodeName, Place, Primary, Promise,
-    ReplicaId, StampRun, Token, VolumeId,
+    BLOCK_BYTES, BlockRange, BlockVersion, ChunkPage, ChunkRow, Config, ConfigState, Entry,
+    EntryHeader, EntryKind, Epoch, InstanceId, Instant, Lsn, Member, NewReplica, NodeName, Place,
+    Primary, Promise, ReplicaId, StampRun, Token, VolumeId,
 };
 use tercet_store::arena::Arena;
 use tercet_store::disk::Disk;
@@ -105,6 +105,7 @@ pub struct World {
     /// Blocks that were said to be bad.
     pub bad: Vec<(VolumeId, BlockVersion)>,
     pub stamps: BTreeMap<Token, Result<Vec<StampRun>, StorageError>>,
+    pub chunks: BTreeMap<Token, Result<ChunkPage, StorageError>>,
     pub deleted: BTreeSet<VolumeId>,
     pub next: u64,
     pub now: Instant,
@@ -151,6 +152,7 @@ impl World {
             other_reads: BTreeMap::new(),
             bad: Vec::new(),
             stamps: BTreeMap::new(),
+            chunks: BTreeMap::new(),
             deleted: BTreeSet::new(),
             next: 1,
             now: Instant(1),
@@ -272,6 +274,7 @@ impl World {
             other_reads: BTreeMap::new(),
             bad: Vec::new(),
             stamps: BTreeMap::new(),
+            chunks: BTreeMap::new(),
             deleted: self.deleted.clone(),
             next: self.next,
             now: self.now,
@@ -311,6 +314,7 @@ impl World {
             }
             StorageEvent::Read { token, result } => drop(self.other_reads.insert(token, result)),
             StorageEvent::Stamps { token, result } => drop(self.stamps.insert(token, result)),
+            StorageEvent::Chunks { token, result } => drop(self.chunks.insert(token, result)),
             StorageEvent::Log { token, result } => {
                 let (volume, replica, from) = self.log_reads.remove(&token).expect("asked for");
                 let same = self.model.get(&volume).is_some_and(|found| found.replica == replica);
@@ -685,6 +689,7 @@ impl World {
         let volumes: Vec<VolumeId> = self.model.keys().copied().collect();
         for volume in volumes {
             self.compare_volume(volume);
+            self.compare_chunks(volume);
             let state = self.store.snapshots(volume);
             let model = &self.model[&volume];
             let same = state
@@ -732,9 +737,42 @@ impl World {
         }
     }
 
+    /// The whole chunk map, page by page.
+    pub fn chunk_map(&mut self, volume: VolumeId) -> Vec<ChunkRow> {
+        let (mut rows, mut from) = (Vec::new(), Some(0));
+        while let Some(first) = from {
+            let token = Token(self.fresh());
+            self.store.chunk_map(volume, first, token);
+            self.settle();
+            let page = self.chunks.remove(&token).expect("answered").expect("its leaves are read");
+            assert!(page.next.is_none_or(|next| next > first), "pages go on");
+            rows.extend(page.rows);
+            from = page.next;
+        }
+        rows
+    }
+
+    /// The chunk map says what the entries that were applied made of the volume.
+    fn compare_chunks(&mut self, volume: VolumeId) {
+        let Some(model) = self.model.get(&volume).filter(|model| model.awaits.is_none()) else {
+            return;
+        };
+        let expected = model.chunk_map();
+        let found: Vec<_> = self.chunk_map(volume).iter().map(told).collect();
+        if found != expected {
+            self.violations.push(format!("{volume}: chunks {found:?}, the model: {expected:?}"));
+        }
+    }
+
     pub fn assert_well(&self, what: &str) {
         assert!(self.violations.is_empty(), "{what}: {:#?}", self.violations);
     }
+}
+
+/// What the model knows of a row: chunk, blocks, shared ones, last change.
+fn told(row: &ChunkRow) -> (u64, u32, u32, Place) {
+    assert!(row.extents > 0 && row.extents <= row.mapped_blocks && row.device_block > 0, "{row:?}");
+    (row.chunk, row.mapped_blocks, row.shared_blocks, row.changed)
 }
 
 /// A row of evidence, where somebody collects it.

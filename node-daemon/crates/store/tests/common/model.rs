@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use tercet_proto::disk::CHUNK_BLOCKS;
 use tercet_proto::storage::Source;
 use tercet_proto::{EntryHeader, EntryKind, Place, ReplicaId, SnapshotId};
 
@@ -69,6 +70,34 @@ impl ModelVolume {
                 _ => size,
             }
         })
+    }
+
+    /// Chunks with a written block: number, blocks, shared ones, last change. What no entry of this
+    /// volume's wrote came with the clone.
+    pub fn chunk_map(&self) -> Vec<(u64, u32, u32, Place)> {
+        let mut stamps: BTreeMap<u64, Place> = BTreeMap::new();
+        for entry in &self.log[..self.applied as usize] {
+            if let EntryKind::Write { range, .. } | EntryKind::Zero { range, .. } =
+                entry.header.kind
+            {
+                stamps.extend((range.start..range.end()).map(|block| (block, entry.header.place)));
+            }
+        }
+        let stamp = |block| stamps.get(&block).copied().unwrap_or(Place::EMPTY);
+        let snapshot = self.snapshots.last().map_or(Place::EMPTY, |last| last.place);
+        let mut rows: Vec<(u64, u32, u32, Place)> = Vec::new();
+        for block in self.content.keys() {
+            let chunk = block / CHUNK_BLOCKS as u64;
+            if rows.last().is_none_or(|row| row.0 != chunk) {
+                let first = chunk * CHUNK_BLOCKS as u64;
+                let all = first..first + CHUNK_BLOCKS as u64;
+                rows.push((chunk, 0, 0, all.map(stamp).max().unwrap_or(Place::EMPTY)));
+            }
+            let row = rows.last_mut().expect("pushed");
+            row.1 += 1;
+            row.2 += u32::from(stamp(*block) <= snapshot);
+        }
+        rows
     }
 
     pub fn apply_next(&mut self) {
