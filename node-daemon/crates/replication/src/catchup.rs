@@ -14,11 +14,12 @@ use std::collections::VecDeque;
 use tercet_proto::message::{ENTRIES_MAX, Envelope, ReplicaMessage, Tail};
 use tercet_proto::{
     Config, Entry, Epoch, InstanceId, Instant, Lsn, Member, NodeName, Place, ReplicaId,
-    StorageError,
+    StorageError, VolumeId,
 };
 
 use crate::api::{MemberStatus, Notice, Output};
 use crate::cx::{Cx, Purpose, Sender};
+use crate::in_sync::InSync;
 use crate::log::Log;
 use crate::options::Limits;
 use crate::primary::Primary;
@@ -88,7 +89,7 @@ pub(crate) struct MemberState {
     pub answered: Option<InstanceId>,
     sealed: bool,
     incomplete: bool,
-    in_sync: bool,
+    pub in_sync: InSync,
     /// The commit that it has heard of.
     heard: Lsn,
     /// Sent up to here.
@@ -116,7 +117,7 @@ impl MemberState {
             answered: None,
             sealed: false,
             incomplete: false,
-            in_sync: false,
+            in_sync: InSync::default(),
             heard: Lsn(0),
             sent: Lsn(0),
             probing: None,
@@ -151,6 +152,15 @@ impl MemberState {
         self.sealed && !self.incomplete
     }
 
+    /// Says it when the member is in sync from now on, or is not any more.
+    fn tell_in_sync(&mut self, volume: VolumeId, commit: Lsn, cx: &mut Cx<'_>) {
+        let holds = self.counts() && self.in_sync.holds(self.matched, commit, cx.now);
+        if self.in_sync.changes(holds) {
+            let notice = Notice::MemberInSync(self.node.clone(), holds);
+            cx.out.push(Output::Notice(volume, notice));
+        }
+    }
+
     /// Whether it is within the log (M1), so that its acknowledgements are soon as good as any.
     pub fn keeps_up(&self, commit: Lsn) -> bool {
         self.counts() && !self.beyond && self.matched.0 + KEEPS_UP_ENTRIES >= commit.0
@@ -166,7 +176,7 @@ impl MemberState {
     fn set_incomplete(&mut self, incomplete: bool) {
         if self.incomplete != incomplete {
             self.incomplete = incomplete;
-            self.in_sync = false;
+            self.in_sync = InSync::default();
             self.unreadable &= incomplete; // a copy has gone past it
             (self.matched, self.sent) = (Lsn(0), Lsn(u64::MAX));
             self.probing = Some(Place { epoch: Epoch(u64::MAX), lsn: Lsn(u64::MAX) });
@@ -320,12 +330,8 @@ impl Replica {
         if !member.has_probe_to_send() {
             member.sent = member.sent.max(member.matched);
         }
-        let in_sync = member.matched >= feed.commit.lsn;
-        if in_sync != member.in_sync {
-            member.in_sync = in_sync;
-            let notice = Notice::MemberInSync(member.node.clone(), in_sync);
-            cx.out.push(Output::Notice(volume, notice));
-        }
+        member.in_sync.acknowledged(member.matched, feed.commit.lsn, cx.now);
+        member.tell_in_sync(volume, feed.commit.lsn, cx);
         feed.feed(member, cx);
         let in_step = members.iter().filter(|m| m.counts() && !m.lagging);
         let least = in_step.map(|m| m.matched).min();
@@ -409,6 +415,7 @@ impl Replica {
         let mut again = None;
         for member in members {
             let waited = cx.now.since(member.progress);
+            member.tell_in_sync(feed.from.volume, feed.commit.lsn, cx);
             if !member.sealed {
                 if waited >= beat {
                     member.progress = cx.now;
@@ -477,7 +484,7 @@ impl Replica {
                 replica: voter.replica,
                 matched,
                 lag_bytes: primary.recent.lag_bytes(matched, tail),
-                in_sync: member.is_none_or(|m| m.counts() && m.matched >= primary.commit.lsn),
+                in_sync: member.is_none_or(|m| m.counts() && m.in_sync.told()),
                 incomplete: member.is_some_and(|m| m.incomplete),
                 learner: member.is_some_and(|m| m.learner),
                 copy: primary.copies.status(voter.replica),
@@ -517,5 +524,6 @@ impl MemberState {
     /// See `Node::forget_pace`.
     pub fn forget_pace(&mut self, paced: Instant) {
         self.progress = paced;
+        self.in_sync.forget_pace();
     }
 }

@@ -35,6 +35,7 @@ mod copy_source;
 mod copy_target;
 mod cx;
 mod hosts;
+mod in_sync;
 mod lease;
 mod log;
 #[cfg(feature = "model")]

@@ -208,6 +208,9 @@ impl Replica {
         }
         let place = self.log.place_at(cx.storage, commit).expect("a committed entry is retained");
         primary.commit = place;
+        for member in &mut primary.members {
+            member.in_sync.committed(commit, member.matched, cx.now);
+        }
         self.log.heard = self.log.heard.max(place);
         self.apply(commit, cx);
         self.answer_committed(commit, cx);
