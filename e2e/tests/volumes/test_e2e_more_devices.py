@@ -36,7 +36,8 @@ async def test_a_device_that_is_added_takes_the_next_replica(
     folders = [cluster.state.root / name for name in ("first-acks", "second-acks")]
     for folder in folders:
         folder.mkdir()
-    await kubectl.apply(claim("first", "128Mi"), objects.writer("first-db", "first", folders[0]))
+    # A fifth of the old device is promised to it, an eighth of the new one to what comes next.
+    await kubectl.apply(claim("first", "896Mi"), objects.writer("first-db", "first", folders[0]))
     await running(kubectl, "first-db")
     await commits(folders[0] / "acks.log", 20)
     first = await volume_of(kubectl, "first")
