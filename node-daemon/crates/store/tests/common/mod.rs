@@ -3,6 +3,9 @@
 
 #![allow(dead_code)] // each test uses its part
 
+#[cfg(feature = "canary")]
+mod canaries;
+mod chunks;
 pub mod copying;
 mod model;
 
@@ -14,9 +17,9 @@ use rand::{Rng, SeedableRng};
 use tercet_proto::disk::{StoreId, crc32c};
 use tercet_proto::storage::{Incomplete, Source, Storage, StorageError, StorageEvent};
 use tercet_proto::{
-    BLOCK_BYTES, BlockRange, BlockVersion, ChunkPage, ChunkRow, Config, ConfigState, Entry,
-    EntryHeader, EntryKind, Epoch, InstanceId, Instant, Lsn, Member, NewReplica, NodeName, Place,
-    Primary, Promise, ReplicaId, StampRun, Token, VolumeId,
+    BLOCK_BYTES, BlockRange, BlockVersion, ChunkPage, Config, ConfigState, Entry, EntryHeader,
+    EntryKind, Epoch, InstanceId, Instant, Lsn, Member, NewReplica, NodeName, Place, Primary,
+    Promise, ReplicaId, StampRun, Token, VolumeId,
 };
 use tercet_store::arena::Arena;
 use tercet_store::disk::Disk;
@@ -24,6 +27,9 @@ use tercet_store::simdisk::SimDisk;
 use tercet_store::{FormatOptions, OpenReport, Options, Store};
 use uuid::Uuid;
 
+#[cfg(feature = "canary")]
+#[allow(unused_imports)] // each test uses its part
+pub use canaries::{assert_caught, canary};
 pub use model::{Awaits, Content, ModelEntry, ModelVolume};
 
 pub const ARENA_BYTES: usize = 16 << 20;
@@ -737,42 +743,9 @@ impl World {
         }
     }
 
-    /// The whole chunk map, page by page.
-    pub fn chunk_map(&mut self, volume: VolumeId) -> Vec<ChunkRow> {
-        let (mut rows, mut from) = (Vec::new(), Some(0));
-        while let Some(first) = from {
-            let token = Token(self.fresh());
-            self.store.chunk_map(volume, first, token);
-            self.settle();
-            let page = self.chunks.remove(&token).expect("answered").expect("its leaves are read");
-            assert!(page.next.is_none_or(|next| next > first), "pages go on");
-            rows.extend(page.rows);
-            from = page.next;
-        }
-        rows
-    }
-
-    /// The chunk map says what the entries that were applied made of the volume.
-    fn compare_chunks(&mut self, volume: VolumeId) {
-        let Some(model) = self.model.get(&volume).filter(|model| model.awaits.is_none()) else {
-            return;
-        };
-        let expected = model.chunk_map();
-        let found: Vec<_> = self.chunk_map(volume).iter().map(told).collect();
-        if found != expected {
-            self.violations.push(format!("{volume}: chunks {found:?}, the model: {expected:?}"));
-        }
-    }
-
     pub fn assert_well(&self, what: &str) {
         assert!(self.violations.is_empty(), "{what}: {:#?}", self.violations);
     }
-}
-
-/// What the model knows of a row: chunk, blocks, shared ones, last change.
-fn told(row: &ChunkRow) -> (u64, u32, u32, Place) {
-    assert!(row.extents > 0 && row.extents <= row.mapped_blocks && row.device_block > 0, "{row:?}");
-    (row.chunk, row.mapped_blocks, row.shared_blocks, row.changed)
 }
 
 /// A row of evidence, where somebody collects it.
@@ -793,44 +766,4 @@ pub fn evidence(name: &str, count: u64, violations: u64, started: std::time::Ins
         )
         .expect("a row of evidence");
     }
-}
-
-#[cfg(feature = "canary")]
-thread_local! {
-    static CANARY: std::cell::Cell<Option<tercet_store::Canary>> =
-        const { std::cell::Cell::new(None) };
-}
-
-/// The rule to break: this thread's, or the environment's (then these tests must fail).
-#[cfg(feature = "canary")]
-pub fn canary() -> Option<tercet_store::Canary> {
-    use tercet_store::Canary;
-    if let Some(canary) = CANARY.get() {
-        return Some(canary);
-    }
-    let name = std::env::var("TERCET_CANARY").ok()?;
-    Some(match name.as_str() {
-        "skip-flush" => Canary::SkipFlush,
-        "torn-tail-for-damage" => Canary::TornTailForDamage,
-        "reuse-freed-early" => Canary::ReuseFreedEarly,
-        "cut-early" => Canary::CutEarly,
-        "forget-drop" => Canary::ForgetDrop,
-        "ignore-checksums" => Canary::IgnoreChecksums,
-        "repair-other-version" => Canary::RepairOtherVersion,
-        "finish-unsettled" => Canary::FinishUnsettled,
-        "no-hole-stamps" => Canary::NoHoleStamps,
-        other => panic!("no canary {other}"),
-    })
-}
-
-/// Whether the checks of `body` notice that this rule is broken, and do not fail otherwise.
-#[cfg(feature = "canary")]
-pub fn assert_caught(canary: tercet_store::Canary, body: impl Fn()) {
-    let started = std::time::Instant::now();
-    body();
-    CANARY.set(Some(canary));
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(&body));
-    CANARY.set(None);
-    assert!(result.is_err(), "{canary:?} was not noticed");
-    evidence(&format!("store_canary_{canary:?}"), 1, 0, started);
 }
