@@ -202,6 +202,7 @@ pub fn refusal(error: &ControlError) -> Status {
     let code = match error {
         ControlError::NotPrimary(_) => Code::FailedPrecondition,
         ControlError::Interrupted(_) => Code::Aborted,
+        ControlError::NotHandedOver { .. } => Code::FailedPrecondition,
         ControlError::Shrink { .. } => Code::InvalidArgument,
         ControlError::Storage(error) => match error {
             StorageError::NoReplica(_) | StorageError::NoSnapshot(..) => Code::NotFound,
