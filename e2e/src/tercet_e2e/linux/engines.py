@@ -237,7 +237,7 @@ class Engines:
             await asyncio.sleep(PAUSE_S)
 
     async def hand_over(self, volume: Volume, to: Node) -> Node:
-        """In good order to another member, if no third is faster; who serves it then."""
+        """In good order to another member, while this one serves (T10); who serves it then."""
         node = await self.wait_serving(volume)
         request = pb.HandOverRequest(volume=volume.id, to_node=to.name)
         options = [("grpc.default_authority", "localhost")]

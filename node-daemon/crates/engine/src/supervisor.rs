@@ -30,7 +30,7 @@ const DELAY_FIRST: Duration = Duration::from_millis(50);
 const DELAY_LAST: Duration = Duration::from_secs(1);
 const LONG_LIFE: Duration = Duration::from_secs(5);
 /// How long an orderly stop may take before it is a kill.
-const STOP: Duration = Duration::from_secs(5);
+const STOP: Duration = Duration::from_secs(8);
 /// Proven exits that are handed on.
 const EXITS_MAX: usize = 8;
 

@@ -4,12 +4,14 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::Cluster;
 use common::agent::Client;
 use common::hosts::{HOST, attach, check, range, with_host, write};
+use common::{Cluster, blocking};
 use tercet_engine::host::{Host, Operation};
 use tercet_engine::pb::engine as pb;
 use tercet_proto::BLOCK_BYTES;
@@ -94,6 +96,66 @@ async fn a_snapshot_zeroes_and_large_writes_are_the_same_on_every_node() {
     }
     let sums = cluster.equal_sums(volume).await;
     assert!(!sums.is_empty());
+}
+
+/// What an API server takes for a swap: more than a host may wait, less than a hand-over may take.
+const SWAP: Duration = Duration::from_millis(1500);
+
+/// The longest write while `what` is done to the engines.
+async fn longest_write(host: &Arc<Host>, what: impl Future<Output = ()>) -> Duration {
+    let done = Arc::new(AtomicBool::new(false));
+    let (ends, writer) = (Arc::clone(&done), Arc::clone(host));
+    let writing = tokio::spawn(blocking(move || {
+        let mut longest = Duration::ZERO;
+        for block in (0..200).cycle() {
+            if ends.load(Ordering::Relaxed) {
+                return longest;
+            }
+            let begun = Instant::now();
+            write(&writer, block, 1);
+            longest = longest.max(begun.elapsed());
+        }
+        unreachable!("it cycles")
+    }));
+    what.await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    done.store(true, Ordering::Relaxed);
+    writing.await.expect("it writes to its end")
+}
+
+/// T10: the member that follows swaps while the old primary serves.
+#[tokio::test]
+async fn a_host_waits_for_a_hand_over_and_not_for_the_api_server() {
+    let cluster = Cluster::start("handover");
+    let volume = cluster.create_volume(64 * MIB, HOST).await;
+    let mut primary = cluster.wait_serving(volume, None).await;
+    let host = attach(&cluster, volume).await;
+    with_host(&host, |host| (0..200).for_each(|block| write(host, block, 1))).await;
+    let swap_ms = u64::try_from(SWAP.as_millis()).expect("short");
+    cluster.objects.swap_ms.store(swap_ms, Ordering::Relaxed);
+    for step in [1, 2] {
+        let to = (primary + step) % 3;
+        let asked = async {
+            let name = cluster.nodes[to].name.clone();
+            let request = pb::HandOverRequest { volume: volume.to_string(), to_node: Some(name) };
+            let mut client = cluster.agent_of(primary).client().await.expect("a connection");
+            client.hand_over(request).await.expect("handed over");
+        };
+        let longest = longest_write(&host, asked).await;
+        println!("handed over to node {to}: longest write {longest:?}");
+        assert!(longest < SWAP, "{longest:?} {}", cluster.logs());
+        assert_eq!(cluster.wait_serving(volume, None).await, to, "the one that was named");
+        primary = to;
+        tokio::time::sleep(SWAP * 2).await; // its swap to Active is answered
+    }
+    let stopped = async {
+        cluster.nodes[primary].signal_engine(rustix::process::Signal::TERM);
+        cluster.wait_serving(volume, Some(primary)).await;
+    };
+    let longest = longest_write(&host, stopped).await;
+    println!("engine stopped: longest write {longest:?}");
+    assert!(longest < SWAP, "{longest:?} {}", cluster.logs());
+    with_host(&host, |host| (0..200).for_each(|block| check(host, block, 1))).await;
 }
 
 /// Volumes are spread over shards, shards over reactors: connections come in at the first reactor

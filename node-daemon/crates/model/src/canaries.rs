@@ -39,4 +39,5 @@ birds! {
     PairGrantForSealed, "L3", "lease";
     SealWithoutWait, "T4, L2", "lease";
     AdoptOwn, "T5", "takeover";
+    ServeAfterGiveBack, "L5", "hand-over";
 }

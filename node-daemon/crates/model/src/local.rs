@@ -13,7 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tercet_proto::message::{Message, PairMessage, ReplicaMessage};
+use tercet_proto::message::{Message, PairMessage, ReplicaMessage, VERSION};
 use tercet_proto::{
     BlockRange, Config, EntryHeader, Epoch, InstanceId, Instant, NodeName, Place, ReplicaId, Token,
 };
@@ -229,6 +229,7 @@ fn timing() -> Timing {
         announce_after: soon,
         swap_answer: never,
         hand_over: never,
+        drain: soon,
         abort_after: never,
         copy_quiet: now,
     }
@@ -477,7 +478,9 @@ impl Parts {
             Step::Wipe => self.store.wipe(),
             Step::PeerUp(other, starts) => {
                 let instance = instance(*other, *starts);
-                self.input(Input::PeerUp { peer: peer(*other), instance, shards: 1 }, out);
+                let up =
+                    Input::PeerUp { peer: peer(*other), instance, shards: 1, version: VERSION };
+                self.input(up, out);
             }
             Step::ProvenExit(starts) => {
                 let ended = instance(self.index, *starts);

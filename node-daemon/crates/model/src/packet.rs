@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::sync::{Arc, RwLock};
 
-use tercet_proto::message::{Message, PairMessage, ReplicaMessage};
+use tercet_proto::message::{HandOverMessage, Message, PairMessage, ReplicaMessage};
 
 /// A message by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,10 +44,16 @@ impl Packet {
     fn new(route: Route, message: &Message) -> Self {
         let (kind, epoch) = match message {
             Message::Replica(envelope, message) => {
-                use ReplicaMessage::{Ack, Fetched, NoReplica, Refuse, Sealed};
+                use HandOverMessage::{Declined, Stands};
+                use ReplicaMessage::{Ack, Fetched, HandOver, NoReplica, Refuse, Sealed};
                 let answers = matches!(
                     message,
-                    Ack { .. } | Refuse { .. } | Sealed(_) | Fetched { .. } | NoReplica
+                    Ack { .. }
+                        | Refuse { .. }
+                        | Sealed(_)
+                        | Fetched { .. }
+                        | NoReplica
+                        | HandOver(Stands { .. } | Declined { .. })
                 );
                 (if answers { Kind::Answer } else { Kind::Lasting }, envelope.epoch.0)
             }

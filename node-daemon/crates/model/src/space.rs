@@ -64,6 +64,8 @@ pub const SPACES: &[Space] = &[
         &[SERVES, WRITES, TWO, DROPS],
     ),
     space("hand-over", Bounds { hand_overs: 1, grants: 1, ..QUIET }, &[SERVES, WRITES]),
+    space("hand-over-time", Bounds { hand_overs: 1, ticks: 1, ..QUIET }, &[SERVES, WRITES]),
+    long("hand-over-race", Bounds { hand_overs: 1, ..TAKEOVER }, &[SERVES, WRITES, TWO]),
     space("lease", LEASE, &[SERVES, WRITES, TWO, READS]),
     long("lease-crash", Bounds { grants: 2, ..CRASH }, &[SERVES, WRITES, CATCHES_UP, READS]),
     long("crash", CRASH, &[SERVES, WRITES, TWO, CATCHES_UP, DROPS]),

@@ -19,13 +19,23 @@ fn a_takeover_loses_nothing_and_reaches_what_it_should() {
 fn a_hand_over_loses_nothing() {
     let explored = named("hand-over").expect("a space").explore(Broken::default(), 1, None);
     assert_eq!(explored.found.get(SAFE), None, "nothing is wrong");
+    for name in ["a takeover serves", "a write after a takeover is seen"] {
+        assert!(explored.found.contains_key(name), "never reached: {name}");
+    }
 }
 
 #[cfg(feature = "canary")]
 #[test]
 fn broken_rules_have_counterexamples() {
     use tercet_model::canaries::BIRDS;
-    for name in ["AckBeforeMajority", "AckAfterPromise", "AdoptOwn", "ReadWithoutLease"] {
+    let names = [
+        "AckBeforeMajority",
+        "AckAfterPromise",
+        "AdoptOwn",
+        "ReadWithoutLease",
+        "ServeAfterGiveBack",
+    ];
+    for name in names {
         let bird = BIRDS.iter().find(|bird| bird.name == name).expect("a canary");
         let space = named(bird.space).expect("a space");
         let explored = space.explore(Broken { canary: Some(bird.canary) }, 1, None);

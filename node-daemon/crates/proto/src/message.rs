@@ -10,6 +10,7 @@
 
 mod codec;
 mod copy;
+mod hand_over;
 mod repair;
 mod wire;
 
@@ -19,6 +20,7 @@ pub use codec::{
 };
 
 pub use copy::CopyMessage;
+pub use hand_over::{HandOverMessage, NotFollowing};
 pub use repair::{Declined, RepairMessage};
 
 use crate::config::Config;
@@ -27,9 +29,11 @@ use crate::ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, VolumeId};
 use crate::storage::Incomplete;
 
 /// The version of the protocol that this crate speaks, and the oldest one that it still does.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// The oldest version of the protocol that this crate still speaks.
 pub const VERSION_MIN: u16 = 1;
+/// From this version on a member swaps while the primary still serves (hand-over).
+pub const VERSION_HAND_OVER: u16 = 4;
 /// Most entries in one message.
 pub const ENTRIES_MAX: usize = 1024;
 /// Most exclusions in one answer to a beat; more follow with the next.
@@ -91,6 +95,7 @@ impl Message {
         match self {
             Self::Replica(_, ReplicaMessage::Copy(_)) => 2,
             Self::Replica(_, ReplicaMessage::Repair(_)) => 3,
+            Self::Replica(_, ReplicaMessage::HandOver(_)) => VERSION_HAND_OVER,
             _ => 1,
         }
     }
@@ -194,12 +199,14 @@ pub enum ReplicaMessage {
     },
     /// Primary to members: I answer no read in this epoch any more, for ever (L5).
     GiveBack,
-    /// Primary to the member that shall follow it: stand now (hand-over).
+    /// Primary to the member that shall follow it: stand now (hand-over to one of an older version).
     Stand,
     /// Of a copy (C2).
     Copy(CopyMessage),
     /// Of a repair (C4).
     Repair(RepairMessage),
+    /// Of a hand-over (T10).
+    HandOver(HandOverMessage),
 }
 
 /// What a replica says of its log (T2, T4).

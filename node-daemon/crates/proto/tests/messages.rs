@@ -4,8 +4,9 @@
 use bytes::Bytes;
 use proptest::prelude::*;
 use tercet_proto::message::{
-    CopyMessage, Declined, Decoder, Envelope, Frame, HEADER_BYTES, Hello, Message, PairEnvelope,
-    PairMessage, RepairMessage, ReplicaMessage, Tail, WireError, crc32c, encode, encode_hello,
+    CopyMessage, Declined, Decoder, Envelope, Frame, HEADER_BYTES, HandOverMessage, Hello, Message,
+    NotFollowing, PairEnvelope, PairMessage, RepairMessage, ReplicaMessage, Tail, WireError,
+    crc32c, encode, encode_hello,
 };
 use tercet_proto::storage::Incomplete;
 use tercet_proto::{
@@ -119,8 +120,23 @@ fn repairs() -> Vec<Message> {
     repairs.into_iter().map(message).collect()
 }
 
+/// What version 4 has besides (T10).
+fn hand_overs() -> Vec<Message> {
+    use HandOverMessage as H;
+    let hand_overs = [
+        H::TakeOver { number: 3 },
+        H::Stands { number: 3 },
+        H::Swapped { config: config() },
+        H::Declined { number: 3, why: NotFollowing::Unfit },
+        H::Declined { number: 3, why: NotFollowing::Lost },
+    ];
+    let message = |message| Message::Replica(envelope(), ReplicaMessage::HandOver(message));
+    hand_overs.into_iter().map(message).collect()
+}
+
 fn messages() -> Vec<Message> {
-    messages_of_version_1().into_iter().chain(copies()).chain(repairs()).collect()
+    let later = copies().into_iter().chain(repairs()).chain(hand_overs());
+    messages_of_version_1().into_iter().chain(later).collect()
 }
 
 fn messages_of_version_1() -> Vec<Message> {
@@ -298,6 +314,17 @@ fn golden_bytes_of_repairs() {
     assert_eq!(decode(block), Err(WireError::BlocksChecksum));
 }
 
+/// The messages of version 4, and who is sent them.
+#[test]
+fn golden_bytes_of_hand_overs() {
+    let declined = hex(&bytes_of(&hand_overs()[4]));
+    assert_eq!(&declined[..32], "5452455004001b005100000000000000");
+    assert_eq!(declined[declined.len() - 18..], *"030000000000000002");
+    let all: Vec<u8> = hand_overs().iter().flat_map(bytes_of).collect();
+    assert_eq!(format!("{:08x}", crc32c(&all)), GOLDEN_HAND_OVERS, "CRC32C of all of them");
+    assert!(hand_overs().iter().all(|message| message.version() == 4));
+}
+
 const LSN_3: &str = "0300000000000000";
 const LSN_12: &str = "0c00000000000000";
 
@@ -334,6 +361,7 @@ const GOLDEN_HELLO: &str = concat!(
 const GOLDEN_ALL: &str = "b493710d";
 const GOLDEN_COPIES: &str = "0598bc12";
 const GOLDEN_REPAIRS: &str = "4c4ee560";
+const GOLDEN_HAND_OVERS: &str = "452878de";
 
 #[test]
 fn lengths_are_refused_before_anything_is_kept() {

@@ -158,7 +158,8 @@ pub enum Control {
     /// Append a growth to that many blocks. Answered when committed, with its place; with the
     /// applied place where the volume has that size.
     Grow(VolumeId, u64),
-    /// Hand the volume over to another member that is in sync; answered when it serves there.
+    /// Hand the volume over to another member that is in sync, to the named one where one is named;
+    /// answered when it serves there.
     HandOver(VolumeId, Option<NodeName>),
     /// Checksums of the applied chunks.
     ChunkSums(VolumeId),
@@ -209,6 +210,20 @@ pub enum ControlError {
     /// The epoch ended before it was committed: its outcome is unknown, ask again.
     #[error("volume {0} changed its primary meanwhile: ask again")]
     Interrupted(VolumeId),
+    /// Nobody followed in time, or another than the one named. In the first case this node serves on.
+    #[error("volume {volume} is not handed over{}: {why}", to_node(.to.as_ref()))]
+    NotHandedOver {
+        /// The volume.
+        volume: VolumeId,
+        /// Who was named.
+        to: Option<NodeName>,
+        /// What stood in the way last.
+        why: &'static str,
+    },
+}
+
+fn to_node(to: Option<&NodeName>) -> String {
+    to.map(|node| format!(" to {node}")).unwrap_or_default()
 }
 
 /// Everything that happens to the state machine.
@@ -222,6 +237,8 @@ pub enum Input {
         instance: InstanceId,
         /// How many shards that engine has: where its replica of a volume is (`VolumeId::shard`).
         shards: u16,
+        /// The version of the protocol that both speak: what is newer is not sent over this link.
+        version: u16,
     },
     /// The link is down; proves nothing (rule L5).
     PeerDown(PeerId),

@@ -55,6 +55,7 @@ impl Replica {
     /// T4 begins: the swap took place, or the first configuration names this instance (T9).
     pub fn start_candidate(&mut self, config: Config, cx: &mut Cx<'_>) {
         self.demote(cx);
+        self.succession.forget();
         self.role = Role::Candidate(Box::new(Candidate {
             config: counted(config.clone(), cx),
             answers: BTreeMap::new(),

@@ -244,7 +244,7 @@ impl Replica {
     ) -> Ran {
         let Some(association) = self.hosts.associations.get(&id) else { return Ran::Done };
         let leaving = match &self.role {
-            Role::Primary(primary) if primary.serving => primary.leaving.is_some(),
+            Role::Primary(primary) if primary.serving => primary.drains(),
             _ if canary!(cx.options, QueueOnSecondary) => return Ran::Hold(command),
             _ => true, // H2
         };
@@ -408,7 +408,7 @@ impl Replica {
         cx: &mut Cx<'_>,
     ) {
         let Role::Primary(primary) = &self.role else { unreachable!("it compared") };
-        if primary.leaving.is_some() {
+        if primary.drains() {
             cx.out.push(Output::HostDone(association, token, Err(HostError::Inaccessible)));
             return self.leave(cx);
         }
@@ -488,7 +488,11 @@ impl Replica {
     pub fn want_fence(&mut self, cx: &mut Cx<'_>) {
         let after = self.log.tail.lsn;
         let generation = self.hosts.generation;
+        let over = self.known_epoch();
         let Role::Primary(primary) = &mut self.role else { return };
+        if primary.epoch() < over {
+            return; // it would count for nothing: the next one's does (H5)
+        }
         let told = self.hosts.fence == Some((primary.epoch(), generation));
         let wanted = primary.fence.is_some_and(|fence| fence.generation == generation);
         if primary.serving && !told && !wanted {

@@ -28,6 +28,8 @@ const EXITS_REMEMBERED: usize = 256;
 struct Pair {
     instance: InstanceId,
     shards: u16,
+    /// Of the protocol, that both speak.
+    version: u16,
     up: bool,
     failed: bool,
     // As the one who asks.
@@ -42,10 +44,11 @@ struct Pair {
 }
 
 impl Pair {
-    fn new(instance: InstanceId, shards: u16) -> Self {
+    fn new(instance: InstanceId, shards: u16, version: u16) -> Self {
         Self {
             instance,
             shards,
+            version,
             up: true,
             failed: false,
             number: 0,
@@ -72,6 +75,8 @@ pub(crate) struct Pairs {
     own_exits: Vec<InstanceId>,
     /// This shard's store has failed.
     pub failed: bool,
+    /// This engine is about to stop: it takes nothing over any more.
+    pub stopping: bool,
 }
 
 /// Exclusions that a peer's answer brought: volumes that do not count its grants any more.
@@ -87,14 +92,14 @@ impl Pairs {
             exited: VecDeque::new(),
             own_exits: Vec::new(),
             failed: false,
+            stopping: false,
         }
     }
 
     pub fn up(
         &mut self,
         peer: &PeerId,
-        instance: InstanceId,
-        shards: u16,
+        (instance, shards, version): (InstanceId, u16, u16),
         now: Instant,
         out: &mut Vec<Output>,
     ) {
@@ -102,9 +107,10 @@ impl Pairs {
             Some(pair) if pair.instance == instance => {
                 pair.up = true;
                 pair.shards = shards;
+                pair.version = version;
             }
             _ => {
-                self.by_peer.insert(peer.clone(), Pair::new(instance, shards));
+                self.by_peer.insert(peer.clone(), Pair::new(instance, shards, version));
             }
         }
         let to_instance = instance;
@@ -278,6 +284,18 @@ impl Pairs {
     pub fn route(&self, node: &NodeName, replica: ReplicaId, volume: VolumeId) -> Option<PeerId> {
         let found = self.find((node, replica), volume);
         found.filter(|(_, pair)| pair.up).map(|(peer, _)| peer.clone())
+    }
+
+    /// The instance that is reached on that node over a link that is up and whose store has not
+    /// failed, and the version of the protocol spoken with it.
+    pub fn reached(
+        &self,
+        (node, replica): (&NodeName, ReplicaId),
+        volume: VolumeId,
+    ) -> Option<(InstanceId, u16)> {
+        let found = self.find((node, replica), volume);
+        let (_, pair) = found.filter(|(_, pair)| pair.up && !pair.failed)?;
+        Some((pair.instance, pair.version))
     }
 
     /// The instance at the other end of a link that is up.

@@ -22,7 +22,8 @@
 //! | `seal` | T4 at everyone, L4, the granter's side of L3 and L5 |
 //! | `lease` | L2, L3, L5: pairs of instances |
 //! | `hosts` | L1 at the reply, H2, H3, H4, H5 |
-//! | `control` | S1, growth, hand-over (L5) |
+//! | `control` | S1, growth |
+//! | `hand_over`, `heir` | T10, L5 in good order |
 //!
 //! W8, R1-R3 and S2 are the store's; H1 is the target's, told by `Output::Ana`.
 
@@ -34,6 +35,8 @@ mod control;
 mod copy_source;
 mod copy_target;
 mod cx;
+mod hand_over;
+mod heir;
 mod hosts;
 mod in_sync;
 mod lease;

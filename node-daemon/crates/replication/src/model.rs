@@ -79,6 +79,7 @@ impl Replica {
     fn forget_pace(&mut self, now: Instant, paced: Instant) {
         self.deadline = None;
         self.watch.forget_pace();
+        self.succession.forget_pace(paced);
         self.grants.forget_pace(now);
         self.hosts.forget_pace();
         if let Some(known) = &mut self.known {

@@ -86,8 +86,8 @@ impl Node {
         out: &mut Vec<Output>,
     ) {
         match input {
-            Input::PeerUp { peer, instance, shards } => {
-                self.pairs.up(&peer, instance, shards, now, out);
+            Input::PeerUp { peer, instance, shards, version } => {
+                self.pairs.up(&peer, (instance, shards, version), now, out);
                 self.every(now, storage, out, |replica, cx| replica.on_peer_up(&peer.node, cx));
             }
             Input::PeerDown(peer) => self.pairs.down(&peer),
@@ -510,7 +510,7 @@ impl Node {
         }
     }
 
-    /// Hands every volume over that this shard leads.
+    /// Hands every volume over that this shard leads, and takes none over any more.
     fn stop(
         &mut self,
         token: Token,
@@ -518,17 +518,16 @@ impl Node {
         storage: &mut dyn Storage,
         out: &mut Vec<Output>,
     ) {
-        self.stopping = Some((token, now + self.options.timing.hand_over));
-        self.every(now, storage, out, |replica, cx| {
-            if replica.is_serving() {
-                replica.hand_over(None, None, cx);
-            }
-        });
+        let timing = &self.options.timing;
+        self.stopping = Some((token, now + timing.hand_over * 2 + timing.drain * 2));
+        self.pairs.stopping = true;
+        self.every(now, storage, out, Replica::leave_for_good);
         self.check_stopping(now, out);
     }
 
     fn check_stopping(&mut self, now: Instant, out: &mut Vec<Output>) {
-        let left = self.replicas.values().any(|replica| replica.leading_epoch().is_some());
+        let busy = |r: &Replica| r.leading_epoch().is_some() || !r.handed_over.is_empty();
+        let left = self.replicas.values().any(busy);
         if let Some((token, until)) = self.stopping
             && (!left || until <= now)
         {
@@ -624,6 +623,7 @@ impl Replica {
             ReplicaMessage::GiveBack => self.on_give_back(envelope.epoch, envelope.instance, cx),
             ReplicaMessage::Stand => self.on_stand(envelope, cx),
             ReplicaMessage::Repair(message) => self.on_repair_message(peer, envelope, message, cx),
+            ReplicaMessage::HandOver(message) => self.on_hand_over(peer, envelope, message, cx),
             ReplicaMessage::Copy(message) if message.is_question() => {
                 self.on_copy_question(peer, envelope, message, cx);
             }

@@ -38,8 +38,12 @@ pub struct Timing {
     pub announce_after: Duration,
     /// T3: without the agent's answer for so long, the outcome of a swap is unknown.
     pub swap_answer: Duration,
-    /// A hand-over that takes longer is called off.
+    /// A hand-over for which nobody stands within this time is called off; who stands has as long
+    /// again for its swap. The old primary serves meanwhile.
     pub hand_over: Duration,
+    /// Hand-over, after the swap: so long the old primary may answer what it has before it gives its
+    /// lease back. The new one waits half as long again, then seals whatever became of it.
+    pub drain: Duration,
     /// M1: while only the set before a change answers, for so long the change is not taken back.
     pub abort_after: Duration,
     /// C3: hosts that asked for nothing for so long leave a copy all of the bandwidth.
@@ -59,6 +63,7 @@ impl Default for Timing {
             announce_after: Duration::from_millis(5),
             swap_answer: Duration::from_secs(10),
             hand_over: Duration::from_secs(2),
+            drain: Duration::from_millis(100),
             abort_after: Duration::from_secs(5),
             copy_quiet: Duration::from_millis(500),
         }
@@ -149,6 +154,8 @@ pub enum Canary {
     NewSetAlone,
     /// L1: a fused compare-and-write waits for nothing that overlaps it.
     CompareAtOnce,
+    /// L5: a primary goes on serving after it has given its lease back.
+    ServeAfterGiveBack,
 }
 
 /// Everything a [`crate::Node`] is told at its start.

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use tercet_proto::message::Tail;
 use tercet_proto::{
     BlockRange, Config, ConfigState, Entry, EntryHeader, EntryKind, Epoch, InstanceId, Instant,
-    Lsn, NodeName, Place, ReplicaId, SnapshotId, StorageError, Token,
+    Lsn, Place, ReplicaId, SnapshotId, StorageError, Token,
 };
 
 use bytes::Bytes;
@@ -20,6 +20,7 @@ use crate::api::{Ana, AssociationId, ControlDone, HostDone, Notice, Output};
 use crate::catchup::{MemberState, Recent};
 use crate::copy_source::Outgoing;
 use crate::cx::Cx;
+use crate::hand_over::Leaving;
 use crate::options::canary;
 use crate::replica::{Replica, Role};
 
@@ -42,14 +43,6 @@ pub(crate) struct Pending {
     pub origin: Origin,
 }
 
-/// A hand-over on its way.
-#[derive(Clone, Debug, Hash)]
-pub(crate) struct Leaving {
-    pub to: Option<NodeName>,
-    pub token: Option<Token>,
-    pub until: Instant,
-}
-
 #[derive(Clone, Debug, Hash)]
 pub(crate) struct Primary {
     pub config: Config,
@@ -66,6 +59,8 @@ pub(crate) struct Primary {
     attachments_known: bool,
     active_wanted: Option<Instant>,
     pub leaving: Option<Leaving>,
+    /// How often a member was asked to follow, in this epoch.
+    pub askings: u64,
     /// Reads of hosts at storage.
     pub reads: usize,
     /// What fused compare-and-writes compare at storage: no change of it is ordered meanwhile (L1).
@@ -89,6 +84,7 @@ impl Primary {
             attachments_known,
             active_wanted: None,
             leaving: None,
+            askings: 0,
             reads: 0,
             comparing: Vec::new(),
             fence: None,
@@ -288,7 +284,8 @@ impl Replica {
         let Role::Primary(primary) = &mut self.role else { return };
         let recovering = primary.config.state == ConfigState::Recovering;
         let due = primary.active_wanted.is_none_or(|at| cx.now.since(at) >= cx.options.timing.beat);
-        if !primary.serving || !recovering || !due || self.swap.is_some() {
+        let alone = primary.leaves_config_alone();
+        if !primary.serving || !recovering || !due || alone || self.swap.is_some() {
             return;
         }
         primary.active_wanted = Some(cx.now);
@@ -303,7 +300,7 @@ impl Replica {
         if !primary.serving {
             return;
         }
-        let open = primary.leaving.is_none() && self.has_lease(cx);
+        let open = !primary.drains() && self.has_lease(cx);
         let ana = if open { Ana::Optimized } else { Ana::Inaccessible };
         let news = self.ana() != ana;
         self.set_ana(ana, cx);
@@ -358,5 +355,8 @@ impl Primary {
         }
         self.members.iter_mut().for_each(|member| member.forget_pace(paced));
         self.copies.forget_pace(paced);
+        if let Some(leaving) = &mut self.leaving {
+            leaving.forget_pace(paced);
+        }
     }
 }

@@ -8,14 +8,15 @@ use std::collections::BTreeMap;
 
 use tercet_proto::message::{ReplicaMessage, Tail};
 use tercet_proto::{
-    Config, ConfigState, Epoch, InstanceId, Instant, Member, Promise, ReplicaId, ReplicaState,
-    Token, VolumeId,
+    Config, ConfigState, Epoch, InstanceId, Instant, Member, NodeName, Promise, ReplicaId,
+    ReplicaState, Token, VolumeId,
 };
 
 use crate::api::{Ana, ControlDone, ControlError, Notice, Output, Replacement, VolumeView};
 use crate::candidate::Candidate;
 use crate::copy_target::Incoming;
 use crate::cx::{Cx, Purpose, Sender};
+use crate::heir::Succession;
 use crate::hosts::Hosts;
 use crate::log::Log;
 use crate::options::canary;
@@ -49,11 +50,14 @@ pub(crate) struct Known {
     pub opened: bool,
 }
 
-/// A hand-over that was begun here and is answered when the other one serves.
+/// A hand-over that was begun here and is over when the other one serves.
 #[derive(Clone, Debug, Hash)]
 pub(crate) struct HandedOver {
-    pub token: Token,
+    /// Who waits for the answer.
+    pub token: Option<Token>,
     pub epoch: Epoch,
+    /// Who was named.
+    pub to: Option<NodeName>,
     pub until: Instant,
 }
 
@@ -77,6 +81,8 @@ pub(crate) struct Replica {
     /// The outcome of a swap is unknown: asked for a consistent read, when (T3).
     pub reading: Option<Instant>,
     pub handed_over: Vec<HandedOver>,
+    /// Being asked to follow a primary that hands over (T10).
+    pub succession: Succession,
     /// What is copied to this replica (C2).
     pub incoming: Incoming,
     /// Blocks that are bad here (C4).
@@ -110,6 +116,7 @@ impl Replica {
             swap: None,
             reading: None,
             handed_over: Vec::new(),
+            succession: Succession::default(),
             incoming: Incoming::default(),
             repairs: Repairs::default(),
             replacement: None,
@@ -187,8 +194,15 @@ impl Replica {
         self.note_superseded(cx);
         self.known = Some(Known { config: config.clone(), since: cx.now, opened: false });
         self.watch.new_epoch();
+        if config.primary.instance != cx.options.identity.instance {
+            self.succession.forget();
+        }
         if self.leading_epoch().is_some_and(|epoch| epoch < config.epoch) {
-            self.demote(cx); // T8: a newer epoch seen is final
+            if self.awaits(config) {
+                self.heir_seen(cx); // its own heir's: what is in flight is answered first
+            } else {
+                self.demote(cx); // T8: a newer epoch seen is final
+            }
         }
     }
 
@@ -218,7 +232,8 @@ impl Replica {
     fn lead_if_named(&mut self, config: &Config, consistent: bool, cx: &mut Cx<'_>) {
         let mine = config.primary.instance == cx.options.identity.instance
             && config.primary.node == cx.options.identity.node;
-        if mine && config.epoch > self.promised_epoch() && config.is_member(self.id) {
+        let news = mine && config.epoch > self.promised_epoch() && config.is_member(self.id);
+        if news && !self.waits_for_predecessor(config, consistent, cx) {
             self.start_candidate(config.clone(), cx);
         }
         if canary!(cx.options, ResumeOldEpoch) && !mine {
@@ -261,6 +276,7 @@ impl Replica {
 
     /// T8: ends leading for good. H4: every association that could do I/O here ends with it.
     pub fn demote(&mut self, cx: &mut Cx<'_>) {
+        self.note_handed_over(cx);
         let role = std::mem::replace(&mut self.role, Role::FOLLOWER);
         let Role::Primary(primary) = role else { return };
         self.set_ana(Ana::Inaccessible, cx);
@@ -340,7 +356,12 @@ impl Replica {
         }
         self.tick_seal(cx);
         match &self.role {
-            Role::Follower { .. } => self.tick_watch(cx),
+            Role::Follower { .. } => {
+                self.tick_heir(cx);
+                if matches!(self.role, Role::Follower { .. }) {
+                    self.tick_watch(cx);
+                }
+            }
             Role::Candidate(_) => self.tick_candidate(cx),
             Role::Primary(_) => self.tick_primary(cx),
         }
@@ -351,17 +372,24 @@ impl Replica {
     /// A hand-over is answered when the new primary serves, or when it takes too long.
     fn tick_handed_over(&mut self, cx: &mut Cx<'_>) {
         let Some(known) = &self.known else { return };
-        let (epoch, opened) = (known.config.epoch, known.opened);
+        let (epoch, opened, leads) = (known.config.epoch, known.opened, &known.config.primary.node);
         let volume = self.volume;
         self.handed_over.retain(|handed| {
             let done = opened && epoch > handed.epoch;
+            let late = handed.until <= cx.now;
+            let Some(token) = handed.token else { return !done && !late };
             if done {
-                cx.out.push(Output::ControlDone(handed.token, Ok(ControlDone::Ok)));
-            } else if handed.until <= cx.now {
-                let late = Err(ControlError::Interrupted(volume));
-                cx.out.push(Output::ControlDone(handed.token, late));
+                let to = &handed.to;
+                let meant = to.as_ref().is_none_or(|to| to == leads);
+                let why = "another member has taken over";
+                let other = ControlError::NotHandedOver { volume, to: to.clone(), why };
+                let answer = if meant { Ok(ControlDone::Ok) } else { Err(other) };
+                cx.out.push(Output::ControlDone(token, answer));
+            } else if late {
+                let interrupted = Err(ControlError::Interrupted(volume));
+                cx.out.push(Output::ControlDone(token, interrupted));
             }
-            !done && handed.until > cx.now
+            !done && !late
         });
     }
 

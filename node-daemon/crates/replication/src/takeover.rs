@@ -107,12 +107,13 @@ impl Replica {
         other_answers || failed || silent || (late && !known.opened)
     }
 
-    /// A member of the newest configuration that may lead it: complete, and not failed (T2).
-    fn may_stand(&self, config: &Config, cx: &Cx<'_>) -> bool {
+    /// A member of the newest configuration that may lead it: complete, not failed, not about to stop (T2).
+    pub fn may_stand(&self, config: &Config, cx: &Cx<'_>) -> bool {
         let node = &cx.options.identity.node;
         config.members.iter().any(|m| m.replica == self.id && m.node == *node)
             && self.log.incomplete.is_none()
             && !cx.pairs.failed
+            && !cx.pairs.stopping
             && config.epoch >= self.promised_epoch()
     }
 
@@ -240,19 +241,23 @@ impl Replica {
     /// the one before it (M1).
     pub fn stand(&mut self, config: &Config, cx: &mut Cx<'_>) {
         self.watch.stand_now = false;
-        let epoch = config.epoch.max(self.promised_epoch()).next();
+        let new = self.led_by_me(config, cx);
+        let aborts = self.known.as_ref().is_some_and(|k| k.config.members != new.members);
+        let notice = if aborts { Notice::AbortingChange } else { Notice::TakingOver };
+        cx.out.push(Output::Notice(self.volume, notice(new.epoch)));
+        self.swap(new, cx);
+    }
+
+    /// {epoch + 1, Recovering, primary = me}.
+    pub fn led_by_me(&self, config: &Config, cx: &Cx<'_>) -> Config {
         let identity = &cx.options.identity;
-        let new = Config {
-            epoch,
+        Config {
+            epoch: config.epoch.max(self.promised_epoch()).next(),
             state: ConfigState::Recovering,
             primary: Primary { node: identity.node.clone(), instance: identity.instance },
             restored: None,
             ..config.clone()
-        };
-        let aborts = self.known.as_ref().is_some_and(|k| k.config.members != new.members);
-        let notice = if aborts { Notice::AbortingChange } else { Notice::TakingOver };
-        cx.out.push(Output::Notice(self.volume, notice(epoch)));
-        self.swap(new, cx);
+        }
     }
 
     /// A newer epoch than the one that this replica led, or tried to, without ever serving (T2).

@@ -41,6 +41,7 @@ canary!(h4_keep_associations, KeepAssociations);
 canary!(h3_serve_a_reconnected_host_early, ServeReconnectEarly);
 canary!(t5_adopt_the_own_tail, AdoptOwn);
 canary!(t1_resume_the_old_epoch, ResumeOldEpoch);
+canary!(l5_serve_after_the_lease_was_given_back, ServeAfterGiveBack);
 
 #[test]
 fn t4_acknowledge_after_the_promise() {

@@ -102,6 +102,7 @@ pub fn all() -> Vec<Bird> {
         Replication R::EmptyReplica 0,
         Replication R::NewSetAlone 300,
         Replication R::CompareAtOnce 30,
+        Replication R::ServeAfterGiveBack 100,
         Store S::SkipFlush 30,
         Store S::TornTailForDamage 60,
         Store S::ReuseFreedEarly 0,

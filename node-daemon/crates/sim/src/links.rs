@@ -6,7 +6,7 @@
 
 use rand::Rng;
 use tercet_proto::InstanceId;
-use tercet_proto::message::Message;
+use tercet_proto::message::{Message, VERSION, VERSION_HAND_OVER};
 use tercet_replication::api::{Input, PeerId};
 
 use crate::mix::MS;
@@ -94,11 +94,14 @@ impl World {
         }
         link.told[side] = true;
         let instance = connected.instances[1 - side];
-        let (node, peer) = (link.ends[side], link.ends[1 - side]);
+        let link_of = link.ends;
+        let (node, peer) = (link_of[side], link_of[1 - side]);
         self.link_told_down(index, side);
         let peer = self.peer_id(peer);
         self.tell(|world| format!("{}: link to {} is up", world.nodes[node].name, peer.node));
-        self.input(node, Input::PeerUp { peer, instance, shards: 1 });
+        let older = self.mix.older.is_some_and(|older| link_of.contains(&older));
+        let version = if older { VERSION_HAND_OVER - 1 } else { VERSION };
+        self.input(node, Input::PeerUp { peer, instance, shards: 1, version });
     }
 
     /// The connection ends; each end learns of it after a while.

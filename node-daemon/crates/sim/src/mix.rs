@@ -163,6 +163,8 @@ pub struct Mix {
     pub link_timeout_ns: u64,
     /// Mean time between snapshots.
     pub snapshot_ns: u64,
+    /// A node whose engine speaks the protocol of a version that knows no swap while another serves.
+    pub older: Option<usize>,
 }
 
 fn pick<T: Copy>(rng: &mut SmallRng, from: &[T]) -> T {
@@ -213,6 +215,7 @@ impl Mix {
             kato_ns: pick(rng, &[2 * S, 5 * S]),
             link_timeout_ns: pick(rng, &[S, 3 * S, 8 * S]),
             snapshot_ns: pick(rng, &[2 * S, 6 * S, 20 * S]),
+            older: draw_older(rng, nodes),
         }
     }
 
@@ -271,6 +274,12 @@ fn draw_faults(rng: &mut SmallRng, faulty_ns: u64) -> Vec<(u64, Fault)> {
         .collect();
     faults.sort_unstable();
     faults
+}
+
+/// On one seed in eight a node's engine is older. Drawn from a copy, as losses are.
+fn draw_older(rng: &SmallRng, nodes: usize) -> Option<usize> {
+    let mut rng = rng.clone();
+    rng.random_ratio(1, 8).then(|| rng.random_range(0..nodes))
 }
 
 /// One seed in four of those with three members has a fourth node and loses one or two. Drawn from a

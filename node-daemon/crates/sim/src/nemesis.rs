@@ -94,7 +94,7 @@ impl World {
             Fault::HostReboot | Fault::HostCut | Fault::HostFlap | Fault::Detach => {
                 self.fault_host(node, fault, lasts);
             }
-            Fault::HandOver => self.fault_hand_over(),
+            Fault::HandOver => self.fault_hand_over(lasts),
             Fault::ClockRate => self.change_rate(node),
             Fault::Rot => self.fault_rot(node),
         }
@@ -125,7 +125,7 @@ impl World {
         }
     }
 
-    fn cut_for(&mut self, from: Site, to: Site, lasts: u64) {
+    pub fn cut_for(&mut self, from: Site, to: Site, lasts: u64) {
         self.net.cut(from, to);
         let nodes = self.mix.nodes;
         if from < nodes && to < nodes {
@@ -367,12 +367,55 @@ impl World {
         }
     }
 
-    fn fault_hand_over(&mut self) {
+    /// To whoever is fit, or to a node that is named; on half of them something happens just then, to
+    /// either of the two (T10).
+    fn fault_hand_over(&mut self, lasts: u64) {
         let volume = self.rng.random_range(0..self.mix.volumes);
-        if let Some(node) = self.primary_by_object(volume) {
-            let id = self.volumes[volume].id;
-            self.ask(node, Control::HandOver(id, None), Asked::Nothing);
+        let Some(node) = self.primary_by_object(volume) else { return };
+        let id = self.volumes[volume].id;
+        let heir = (node + self.rng.random_range(1..=2)) % self.mix.nodes;
+        let to = self.permille(500).then(|| self.nodes[heir].name.clone());
+        self.ask(node, Control::HandOver(id, to), Asked::Nothing);
+        if self.permille(400) {
+            self.trap_hand_over(volume, lasts);
+        } else if self.mix.nodes > 1 && heir != node && self.permille(500) {
+            let wait = self.between((MS / 4, 40 * MS));
+            self.after(wait, move |world| {
+                if !world.healed && world.rotten.is_none() {
+                    world.disturb_hand_over(node, heir, lasts);
+                }
+            });
         }
+    }
+
+    fn disturb_hand_over(&mut self, node: usize, heir: usize, lasts: u64) {
+        let which = if self.permille(500) { node } else { heir };
+        match self.rng.random_range(0..5) {
+            0 => {
+                let back = self.between((30 * MS, 300 * MS));
+                self.kill(which, back);
+            }
+            1 => self.power_off(which, lasts + 200 * MS),
+            2 => self.fault_pause(which, lasts + 100 * MS),
+            3 => self.cut_both(which, self.api_site(), lasts),
+            _ => {
+                self.cut_for(heir, node, lasts);
+                if self.permille(500) {
+                    self.cut_for(node, heir, lasts);
+                }
+            }
+        }
+    }
+
+    /// The old primary hears nobody any more, and hosts reach it still (L1, L5).
+    pub fn spring_trap(&mut self, node: usize, lasts: u64) {
+        if self.healed || self.rotten.is_some() {
+            return;
+        }
+        for other in (0..self.mix.nodes).filter(|other| *other != node) {
+            self.cut_for(other, node, lasts);
+        }
+        self.cut_both(node, self.api_site(), lasts);
     }
 
     /// The node that the object names as a volume's primary.

@@ -229,6 +229,7 @@ impl World {
         if self.volumes.iter().any(recovering) {
             self.probe(Probe::CrashWhileRecovering);
         }
+        self.probe_heir_died(index);
         drop(shard);
         let node = &mut self.nodes[index];
         node.inbox.clear();
@@ -241,6 +242,21 @@ impl World {
         let silent = !power_stays;
         self.links_of_dead(index, silent);
         self.connections_of_dead(index, silent);
+    }
+
+    fn probe_heir_died(&mut self, index: usize) {
+        let instance = self.nodes[index].instance;
+        let leads = |volume: &Volume| {
+            let config = volume.view.config.as_ref();
+            config.filter(|config| config.primary.instance == instance).map(|config| config.epoch.0)
+        };
+        for volume in 0..self.volumes.len() {
+            let Some(epoch) = leads(&self.volumes[volume]) else { continue };
+            let before = |n: usize| self.nodes[n].serving.get(&volume) == Some(&(epoch - 1));
+            if (0..self.nodes.len()).any(|other| other != index && before(other)) {
+                self.probe(Probe::HeirDied);
+            }
+        }
     }
 
     /// Does something in a node's process of that life; later, while it stands still; never, once

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use tercet_proto::Place;
-use tercet_proto::message::{Message, PairMessage, ReplicaMessage};
+use tercet_proto::message::{HandOverMessage, Message, PairMessage, ReplicaMessage};
 use tercet_shard::Shard;
 
 use crate::mix::MS;
@@ -24,6 +24,10 @@ pub struct Seen {
     seals: BTreeMap<(usize, usize, u64), u64>,
     /// The newest epoch that serves or has served, of each volume.
     served: BTreeMap<usize, u64>,
+    /// The epochs whose heir has said that its swap took place, of each volume.
+    swapped: BTreeMap<usize, u64>,
+    /// Volumes whose primary shall be cut off when it hands over, and for how long.
+    traps: BTreeMap<usize, u64>,
     /// The tail of each replica at the last look.
     tails: BTreeMap<(usize, usize), (u64, Place)>,
 }
@@ -77,6 +81,7 @@ impl World {
                         self.probe(Probe::IncompleteSkipped);
                     }
                 }
+                self.saw_hand_over(node, volume, envelope.epoch.0, what);
                 let rule = match what {
                     ReplicaMessage::Append { .. } | ReplicaMessage::Ack { .. } => return,
                     ReplicaMessage::Refuse { .. } => "W2",
@@ -86,7 +91,7 @@ impl World {
                     ReplicaMessage::Consult | ReplicaMessage::Opinion { .. } => "T2",
                     ReplicaMessage::Fetch { .. } | ReplicaMessage::Fetched { .. } => "T5",
                     ReplicaMessage::GiveBack => "L5",
-                    ReplicaMessage::Stand => "T10",
+                    ReplicaMessage::Stand | ReplicaMessage::HandOver(_) => "T10",
                     ReplicaMessage::Copy(_) => "C2",
                     ReplicaMessage::Repair(_) => "C4",
                 };
@@ -102,6 +107,34 @@ impl World {
                 format!("{from} to {to}: instance {instance} has ended, proven (L5)")
             }),
             Message::Pair(..) => {}
+        }
+    }
+
+    /// The next primary of the volume that gives its lease back is cut off at that moment (L5).
+    pub fn trap_hand_over(&mut self, volume: usize, lasts: u64) {
+        self.seen.traps.insert(volume, lasts);
+    }
+
+    fn saw_hand_over(&mut self, node: usize, volume: usize, epoch: u64, what: &ReplicaMessage) {
+        match what {
+            ReplicaMessage::HandOver(HandOverMessage::Swapped { .. }) => {
+                let serves = |n: usize| self.nodes[n].serving.get(&volume) == Some(&epoch);
+                if (0..self.nodes.len()).any(|other| other != node && serves(other)) {
+                    self.seen.swapped.insert(volume, epoch);
+                    self.probe(Probe::HeirSwapped);
+                }
+            }
+            ReplicaMessage::HandOver(HandOverMessage::Declined { .. }) => {
+                self.probe(Probe::HeirDeclined);
+            }
+            ReplicaMessage::GiveBack if self.seen.swapped.get(&volume) == Some(&epoch) => {
+                self.probe(Probe::GaveWay);
+                if let Some(lasts) = self.seen.traps.remove(&volume) {
+                    self.after(1, move |world| world.spring_trap(node, lasts));
+                }
+            }
+            ReplicaMessage::Stand => self.probe(Probe::HandedOverToOlder),
+            _ => {}
         }
     }
 

@@ -50,6 +50,16 @@ probes! {
     Damaged,
     /// a host rebooted with writes in flight (H3)
     HostRebooted,
+    /// a member that was asked to follow swapped while the old primary served (T10)
+    HeirSwapped,
+    /// the old primary gave its lease back after its heir had swapped (T10, L5)
+    GaveWay,
+    /// a member that was asked to follow declined, or lost its swap (T10)
+    HeirDeclined,
+    /// an engine ended after its swap, while the old primary served (T10)
+    HeirDied,
+    /// a primary handed over to a member of an older version (T10)
+    HandedOverToOlder,
     /// a command ran into a node that did not serve any more (H2)
     CommandRefused,
     /// a command was tried again elsewhere (H2)

@@ -214,7 +214,9 @@ pub fn outcome(request: &pb::ReportSwapRequest) -> Result<SwapOutcome, Status> {
 /// Why a request of the agent's was refused.
 pub fn refusal(error: &ControlError) -> Status {
     let code = match error {
-        ControlError::NotPrimary(_) => Code::FailedPrecondition,
+        ControlError::NotPrimary(_) | ControlError::NotHandedOver { .. } => {
+            Code::FailedPrecondition
+        }
         ControlError::Interrupted(_) => Code::Aborted,
         ControlError::Shrink { .. } => Code::InvalidArgument,
         ControlError::Storage(error) => match error {

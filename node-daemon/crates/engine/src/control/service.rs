@@ -9,6 +9,7 @@ use tercet_proto::disk::CHUNK_BLOCKS;
 use tercet_proto::{BLOCK_BYTES, NewReplica, NodeName, ReplicaId, VolumeId};
 use tercet_replication::api::{Control, ControlDone, Input, SwapOutcome};
 use tokio::sync::{Mutex, Notify};
+use tokio::task::JoinSet;
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
@@ -24,8 +25,9 @@ use crate::plan::{Plan, PlanError};
 use crate::state;
 use crate::table::Volume;
 
-/// How long volumes may take to be handed over before an orderly stop.
-const HAND_OVER: Duration = Duration::from_secs(3);
+/// How long volumes may take to be handed over before an orderly stop; a little longer than shards
+/// take at most (`Timing::hand_over`, twice).
+const HAND_OVER: Duration = Duration::from_secs(5);
 /// Bytes of a row of `Storage::chunk_sums`.
 const CHUNK_SUM_BYTES: usize = 12;
 
@@ -66,17 +68,23 @@ impl Service {
         Ok(())
     }
 
-    /// Hands over what this engine leads and gives its leases back, for a bounded time.
+    /// Hands over what this engine leads and gives its leases back, for a bounded time: all shards at
+    /// once, each goes on serving until another can.
     pub async fn hand_over_all(&self) {
         let Some(plan) = self.directory.plan() else {
             return;
         };
+        let mut shards = JoinSet::new();
         for shard in 0..plan.shards() {
-            let asked = self.directory.ask_shard(shard, Control::Stop, HAND_OVER).await;
-            if let Err(error) = asked {
-                warn!(shard, %error, "not everything was handed over");
-            }
+            let directory = Arc::clone(&self.directory);
+            shards.spawn(async move {
+                let asked = directory.ask_shard(shard, Control::Stop, HAND_OVER).await;
+                if let Err(error) = asked {
+                    warn!(shard, %error, "not everything was handed over");
+                }
+            });
         }
+        shards.join_all().await;
     }
 
     /// Hosts' secrets are there before the view that lets the hosts in.

@@ -396,7 +396,8 @@ impl Core {
         let link = self.links.streams.get_mut(&stream).expect("it is up");
         link.version = hello.version_max.min(VERSION); // checked with the Hello
         let peer = route.peer.clone();
-        let up = Input::PeerUp { peer, instance: hello.instance, shards: hello.shards };
+        let Hello { instance, shards, .. } = *hello;
+        let up = Input::PeerUp { peer, instance, shards, version: link.version };
         self.work.push_back((route.slot, Event::Input(up)));
         self.links.up.insert(route, stream);
         self.outbox.changed();

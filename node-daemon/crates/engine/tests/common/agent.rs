@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -158,6 +159,8 @@ async fn carry_out(
         Some(Event::Swap(swap)) => {
             let volume = Uuid::parse_str(&swap.volume).expect("a volume's id");
             let (old, new) = (swap.old.expect("old"), swap.new.expect("new"));
+            let takes = Duration::from_millis(objects.swap_ms.load(Ordering::Relaxed));
+            tokio::time::sleep(takes).await;
             let (swapped, object) =
                 objects.swap(volume, &old, new).expect("a volume that is there");
             let outcome = if swapped { Outcome::Swapped } else { Outcome::Lost };

@@ -56,9 +56,13 @@ impl Node {
     }
 
     pub fn kill_engine(&self) -> i32 {
+        self.signal_engine(rustix::process::Signal::KILL)
+    }
+
+    pub fn signal_engine(&self, signal: rustix::process::Signal) -> i32 {
         let pid = self.engine_pid().expect("an engine runs");
         let raw = rustix::process::Pid::from_raw(pid).expect("a pid");
-        rustix::process::kill_process(raw, rustix::process::Signal::KILL).expect("killed");
+        rustix::process::kill_process(raw, signal).expect("signalled");
         pid
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
 
 use tercet_engine::pb::engine as pb;
 use tokio::sync::watch;
@@ -41,11 +42,14 @@ impl Object {
 pub struct Objects {
     all: Mutex<BTreeMap<Uuid, Object>>,
     changes: watch::Sender<u64>,
+    /// What an agent waits for a swap, in milliseconds.
+    pub swap_ms: AtomicU64,
 }
 
 impl Default for Objects {
     fn default() -> Self {
-        Self { all: Mutex::default(), changes: watch::Sender::new(0) }
+        let (all, changes) = (Mutex::default(), watch::Sender::new(0));
+        Self { all, changes, swap_ms: AtomicU64::new(0) }
     }
 }
 

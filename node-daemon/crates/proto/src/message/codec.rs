@@ -17,7 +17,7 @@ use super::{
     ENTRIES_MAX, EXCLUSIONS_MAX, Envelope, Frame, Hello, Message, PairEnvelope, PairMessage,
     ReplicaMessage, SEALED_MAX, VERSION, VERSION_MIN,
 };
-use super::{copy, repair};
+use super::{copy, hand_over, repair};
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 24;
@@ -187,6 +187,7 @@ fn replica_fields(message: &ReplicaMessage, head: &mut Vec<u8>, payloads: &mut V
         }
         ReplicaMessage::Copy(message) => return copy::fields(message, &mut writer, payloads),
         ReplicaMessage::Repair(message) => return repair::fields(message, &mut writer, payloads),
+        ReplicaMessage::HandOver(message) => return hand_over::fields(message, &mut writer),
         _ => {}
     }
     match message {
@@ -398,7 +399,7 @@ fn parse(header: Header, frame: &Bytes) -> Result<Frame, WireError> {
                 PairEnvelope { instance: reader.instance()?, to_instance: reader.instance()? };
             Frame::Message(Message::Pair(envelope, parse_pair(header.kind, &mut reader)?))
         }
-        kind::APPEND..=repair::DECLINED => {
+        kind::APPEND..=hand_over::DECLINED => {
             let envelope: Envelope = reader.envelope()?;
             let message = parse_replica(header.kind, &mut reader, &mut payloads)?;
             Frame::Message(Message::Replica(envelope, message))
@@ -475,6 +476,9 @@ fn parse_replica(
         copy::OFFER..=copy::FINISH => ReplicaMessage::Copy(copy::parse(kind, reader, payloads)?),
         repair::ASK..=repair::DECLINED => {
             ReplicaMessage::Repair(repair::parse(kind, reader, payloads)?)
+        }
+        hand_over::TAKE_OVER..=hand_over::DECLINED => {
+            ReplicaMessage::HandOver(hand_over::parse(kind, reader)?)
         }
         other => return Err(WireError::Type(other)),
     })

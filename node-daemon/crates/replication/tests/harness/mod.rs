@@ -15,7 +15,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use store::MemStore;
 use tercet_proto::config::MEMBERS_MAX;
-use tercet_proto::message::Message;
+use tercet_proto::message::{Message, VERSION};
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, Config, ConfigState, Epoch, InstanceId, Instant, Member, NodeName,
     Primary, ReplicaId, Token, VolumeId,
@@ -89,6 +89,10 @@ pub struct Cluster {
     /// Messages for which this says no are lost.
     pub filter: Filter,
     pub customize: fn(&mut Options),
+    /// Of the protocol, on links that come up from now on.
+    pub version: u16,
+    /// How long the API server takes for a swap, beyond the network's time.
+    pub swap_ms: u64,
     events: BTreeMap<(u64, u64), Event>,
     seq: u64,
     ids: u64,
@@ -168,6 +172,8 @@ impl Cluster {
             sent: Vec::new(),
             filter: Box::new(|_, _, _| true),
             customize,
+            version: VERSION,
+            swap_ms: 0,
             events: BTreeMap::new(),
             seq: 0,
             ids: 0,
@@ -314,7 +320,7 @@ impl Cluster {
         match output {
             Output::Send(peer, message) => self.send(i, &peer, &message),
             Output::Swap { token, old, new, .. } => {
-                let delay = self.delay();
+                let delay = self.delay() + self.swap_ms * 1000;
                 let instance = self.machines[i].instance;
                 let (old, new) = (Box::new(old), Box::new(new));
                 self.plan(delay, Event::Swap { node: i, instance, token, old, new });
@@ -449,7 +455,8 @@ impl Cluster {
                     }
                 } else if self.machines[to].node.is_some() {
                     let (peer, instance) = (self.peer(to), self.machines[to].instance);
-                    self.input(from, Input::PeerUp { peer, instance, shards: 1 });
+                    let version = self.version;
+                    self.input(from, Input::PeerUp { peer, instance, shards: 1, version });
                 }
             }
             Event::Unlink(from, to) => {

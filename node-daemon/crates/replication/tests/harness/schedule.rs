@@ -3,9 +3,10 @@
 //! at a time; once all is healed everyone serves again and the replicas converge.
 
 use super::register::Workload;
-use super::{Cluster, Faults, KIND, MS};
+use super::{Cluster, Faults, KIND, MS, VOLUME};
 use rand::Rng;
 use tercet_replication::Options;
+use tercet_replication::api::Control;
 
 const NODES: usize = 3;
 
@@ -53,7 +54,17 @@ fn hurt(cluster: &mut Cluster, work: &mut Workload, down: &mut [bool; NODES]) {
                 cluster.cut.extend([(i, j), (j, i)]); // alone, but its hosts still reach it
             }
         }
-        _ => {}
+        _ => hand_over(cluster),
+    }
+}
+
+/// Whoever serves is asked to hand over, to anybody or to a node that is drawn.
+fn hand_over(cluster: &mut Cluster) {
+    if let Some(&from) = cluster.serving_nodes().first() {
+        let to = cluster.rng.random_range(0..2 * NODES);
+        let to = cluster.machines.get(to).map(|machine| machine.name.clone());
+        cluster.swap_ms = cluster.rng.random_range(0..60);
+        cluster.control(from, Control::HandOver(VOLUME, to));
     }
 }
 
@@ -90,6 +101,7 @@ fn heal(cluster: &mut Cluster, work: &mut Workload, down: &mut [bool; NODES]) {
     cluster.cut.clear();
     cluster.api_up = true;
     cluster.faults = KIND;
+    cluster.swap_ms = 0;
     for (i, down) in down.iter_mut().enumerate() {
         cluster.stop_disk(i, false);
         cluster.machines[i].paused_until = 0;
