@@ -129,6 +129,12 @@ class Mesh:
         if peer is not None and peer.link is not None:
             peer.link.abort()
 
+    def charge(self, nid: Nid) -> None:
+        """That node has sent a bad signature."""
+        peer = self._peers.get(nid)
+        if peer is not None and peer.link is not None:
+            peer.link.charge()
+
     def _begin(self, to: Entry, peer: _Peer) -> None:
         assert self._group is not None
         peer.calling = True
