@@ -57,13 +57,19 @@ async def house_of(folder, monkeypatch):
 
 
 @contextlib.asynccontextmanager
-async def call(site, pair=None, ca=None):
+async def call(site, pair=None, ca=None, local_addr=None):
     """A connection to node 0 with this key and certificate (None: node 2's)."""
     path = site.folder / "caller.pem"
     path.write_bytes(pair or (site.folder / "2.pem").read_bytes())
     client = contexts(path, ca or site.authority.pem).client
     reader, writer = await asyncio.wait_for(
-        asyncio.open_connection(site.host(0), PORT, ssl=client, server_hostname=site.host(0)),
+        asyncio.open_connection(
+            site.host(0),
+            PORT,
+            ssl=client,
+            server_hostname=site.host(0),
+            local_addr=local_addr,
+        ),
         WAIT_S,
     )
     try:

@@ -10,7 +10,7 @@ from node_members_house import WAIT_S, Caller, call, house_of, refused
 from node_members_world import World
 
 from tercet_e2e.swarm import PORT, Authority, Site, Swarm, until
-from tercet_node.members import keep, link
+from tercet_node.members import keep, link, mesh
 from tercet_node.members.keep import Kept
 from tercet_node.members.tls import contexts
 from tercet_node.membership import (
@@ -101,6 +101,23 @@ async def test_who_asks_and_does_not_read_is_not_answered_without_end(house, mon
         await other.say(Hello(house.entries[3]), Probe(2, 0))
         await other.answer(2)
     writer.transport.abort()
+
+
+async def test_who_opens_connections_and_says_nothing_keeps_no_others_out(house, monkeypatch):
+    """No certificate is needed for that; half-open ones from one address are few enough."""
+    monkeypatch.setattr(mesh, "HANDSHAKE_S", 3 * WAIT_S)
+    before = refused(house, "too-many")
+    mute = [socket.create_connection((house.host(0), PORT)) for _ in range(mesh.HANDSHAKES_MAX)]
+    try:
+        await until(lambda: refused(house, "too-many") > before, WAIT_S)
+        async with call(house, local_addr=(house.host(2), 0)) as caller:
+            await caller.say(Hello(house.entries[2]), Probe(7, 0))
+            await caller.answer(7)
+        assert len(house.member.runner.mesh._handshakes) == 1, "of the mute ones' address"
+    finally:
+        for each in mute:
+            each.close()
+    await until(lambda: not house.member.runner.mesh._handshakes, WAIT_S)
 
 
 async def test_two_nodes_of_one_name_disturb_no_list_and_nobody_is_held_dead(tmp_path):
