@@ -1,7 +1,8 @@
 """How quickly, and at what cost: real sockets, TLS and signatures, against what is promised.
 
 What is timed is the nodes' own doing, and this machine may have other things to do as well: where a
-time is promised the median of several runs counts, and the evidence says how many were worse.
+time is promised the median of several runs counts, and the evidence says how many were worse. Of
+what is nothing but work, time without a core is taken off; of what recurs, the best window counts.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from tercet_e2e.evidence import record
 from tercet_e2e.swarm import Authority, Site, Swarm, process, until
 from tercet_node.membership import AddNoProp, Judged, Suspected, sign
 
-WINDOWS_MAX = 10
+WINDOWS_MAX = 20
 WINDOW_S = 3.0
-WAKE_UPS_S_MAX = 7.0
-"""Six for two neighbours (asks, is answered, is asked, each twice), and one for all else."""
-SHARED_CORE = 2.0
-"""How much dearer a wake-up may be on a core that others use as well."""
+WAKE_UPS_S_MAX = 6.0
+"""Five for two neighbours (asks, is answered, is asked, each 0.6 s), and one for all else."""
+WAKE_UPS_S_MIN = 3.0
+"""In a window with fewer its peers had no core, and asked nothing: it says nothing."""
 
 
 def evidence(what, took, most_s, judged=statistics.median):
@@ -68,9 +69,14 @@ async def test_a_wrong_entry_in_a_running_daemon_is_noticed_within_two_seconds(t
 
 
 async def test_a_full_check_of_85_entries_takes_no_longer_than_the_sources(tmp_path):
-    """All but two are new to the one that asks. It is nothing but work: the quickest shows it."""
-    took = await full_check_s(tmp_path, 9)
-    evidence(f"full checks of {CHECKED_ENTRIES} entries in 0.11 s", took, FULL_CHECK_S_MAX, min)
+    """All but two are new to the one that asks; both nodes' work, and the way between them.
+
+    The longest of nine runs counts, without the time in which this process was ready to go on and
+    had no core: beside builds (a load of 16) that was 0.15 to 0.3 s of each, of the check itself
+    0.02 to 0.05.
+    """
+    took = [each.own_s for each in await full_check_s(tmp_path, 9)]
+    evidence(f"full checks of {CHECKED_ENTRIES} entries in 0.11 s", took, FULL_CHECK_S_MAX, max)
 
 
 async def test_a_dead_node_is_known_to_all_of_a_hundred_within_two_seconds(tmp_path):
@@ -95,10 +101,11 @@ def wake_ups(pid: int) -> int:
 async def test_one_daemon_of_a_hundred_takes_next_to_no_processor(tmp_path):
     """One node in a process of its own, ninety-nine in another.
 
-    What it takes is its wake-ups, 0.04 % of a core each, on a machine that does nothing else; one
-    that does makes them dearer (by how much, nobody promises), and more only where answers are late
-    for that. So how often it wakes is the promise that a busy machine cannot move: 4 to 8 times a
-    second it was, drawn by when the nodes had started, and 0.36 % of a core at the upper end.
+    What it takes is its wake-ups, 0.04 % of a core each, the same ones in each window: what is done
+    least often, keeping house, comes every 2 s. Other work on this machine makes them dearer (cold
+    caches) or more (late answers are asked for again), not cheaper; nor fewer, unless its peers get
+    no core at all. So if one window holds the bounds the daemon does; one that needs more by itself
+    holds them in none.
     """
     Site(tmp_path, CLUSTER_NODES)
     async with (
@@ -106,19 +113,19 @@ async def test_one_daemon_of_a_hundred_takes_next_to_no_processor(tmp_path):
         process(tmp_path, 0, 0) as watched,
     ):
         await until_calm(watched.pid)
-        # Other work on this machine makes a wake-up dearer, and answers late; never the contrary.
         shares: list[float] = []
         rates: list[float] = []
         while len(shares) < WINDOWS_MAX:
             before = wake_ups(watched.pid)
             shares.append(await cpu_percent(watched.pid, WINDOW_S))
             rates.append((wake_ups(watched.pid) - before) / WINDOW_S)
-            if shares[-1] <= CPU_PERCENT_MAX and rates[-1] <= WAKE_UPS_S_MAX:
+            asked = WAKE_UPS_S_MIN <= rates[-1] <= WAKE_UPS_S_MAX
+            if asked and shares[-1] <= CPU_PERCENT_MAX:
                 break
     over = sum(share > CPU_PERCENT_MAX for share in shares)
     record("membership: times 3 s at 0.32 % of a core", len(shares), over, WINDOW_S * len(shares))
-    assert min(rates) <= WAKE_UPS_S_MAX, rates
-    assert min(shares) <= SHARED_CORE * CPU_PERCENT_MAX, shares
+    assert asked, rates
+    assert shares[-1] <= CPU_PERCENT_MAX, shares
 
 
 def test_what_work_costs_beside_a_daemon_is_told_with_its_confidence():

@@ -172,11 +172,12 @@ def test_judgement_is_sent_again_until_it_is_acknowledged_and_no_longer():
 
 
 def test_time_to_a_judgement_is_bounded():
-    assert PROBE_EVERY_S + HEARD_GRACE_S + TRIES_MAX * TRY_S < KNOWN_S_MAX - 0.4
+    judged_s = PROBE_EVERY_S + HEARD_GRACE_S + TRIES_MAX * TRY_S
+    assert round(judged_s, 6) <= KNOWN_S_MAX - 0.4, "the rest is the tree's"
 
 
 def test_each_asks_one_and_is_asked_by_one_whoever_has_started_first():
-    """Six wake-ups a second: to ask, an answer, a question, each half a second.
+    """Five wake-ups a second: to ask, an answer, a question, each 0.6 s.
 
     Who of two asks was the first one's word: 4 to 8 a second, drawn by when the nodes had started.
     """
@@ -186,14 +187,14 @@ def test_each_asks_one_and_is_asked_by_one_whoever_has_started_first():
         net.run(5.0)
         net.woken.clear()
         net.run(10.0)
-        assert max(net.woken.values()) <= 61, net.woken
-        assert min(net.woken.values()) >= 38, "two may come at one time"
+        assert max(net.woken.values()) <= 51, net.woken
+        assert min(net.woken.values()) >= 32, "two may come at one time"
     net = Watched(2, starts_s=[0.3, 0.0])
     net.run(5.0)
     net.woken.clear()
     net.run(10.0)
-    assert 18 <= net.woken[1] <= 21, "the higher one only answers"
-    assert 36 <= net.woken[0] <= 41
+    assert 15 <= net.woken[1] <= 17, "the higher one only answers"
+    assert 30 <= net.woken[0] <= 34
 
 
 def test_node_that_speaks_and_hears_nothing_is_dead():
@@ -225,6 +226,8 @@ def test_death_that_cannot_be_contradicted_is_nobodys_word():
     net = Watched(3)
     forged = Verdict(Nid(0), entry(0).instance, SEQUENCE_MAX, alive=False)
     assert net.nodes[0].step(Received(1, forged), 0.0) == [Send(1, Heard(0, SEQUENCE_MAX))]
+    told = net.nodes[1].step(Received(2, forged), 0.0)
+    assert told == [Send(2, Heard(0, SEQUENCE_MAX))], "nor of another: it could never come back"
     last = replace(forged, sequence=SEQUENCE_MAX - 1)
     said = net.nodes[0].step(Received(1, last), 0.0)
     contradictions = {e.message for e in said if isinstance(e, Send)} - {Heard(0, last.sequence)}
@@ -269,3 +272,56 @@ def test_answer_of_another_node_is_none():
     assert detector._watches[to].tries == 1
     detector.step(Received(to, Ack(nonce, entry(to))), 1.0)
     assert detector._watches[to].tries == 0
+
+
+def test_node_of_whom_a_lie_has_used_up_the_numbers_is_suspected_and_asked_at_leisure():
+    """Its death has no number any more: it is not judged, and nobody spins because of that."""
+    net = Watched(6)
+    lie = Verdict(Nid(3), entry(3).instance, SEQUENCE_MAX, alive=True)
+    for nid in range(6):
+        net.take(nid, net.nodes[nid].step(Received(1, lie), 0.0))
+    net.run(3.0)
+    net.silent = {3}
+    net.run(3.0)
+    net.woken.clear()
+    net.run(30.0)
+    assert net.alive(3) == {True}
+    assert Nid(3) in net.nodes[2].suspected
+    assert net.woken[2] < 30 * 15, "as often as it is asked, and no oftener"
+    assert len(net.nodes[2]._watches[3].nonces) < 2 * TRIES_MAX
+
+
+def test_time_that_jumps_is_nobodys_death():
+    """The machine was suspended: one node alone, which the others have judged; or all of them."""
+    net = Watched(12)
+    net.run(2.0)
+    net.silent = {5}
+    net.run(60.0)
+    assert net.alive(5) == {False}
+    net.silent = set()
+    net.effects.clear()
+    net.run(3.0)
+    assert {net.nodes[5].alive(Nid(nid)) for nid in range(12)} == {True}
+    assert net.alive(5) == {True}
+    assert {judged.nid for judged in net.judged()} == {5}
+    net.effects.clear()
+    net.now_s += 3600.0
+    net.run(5.0)
+    assert net.judged() == []
+
+
+def test_all_that_start_again_at_one_time_hold_nobody_dead():
+    """A hundred, some of whom were held dead before; none remembers anything."""
+    net = Watched(100)
+    net.run(1.0)
+    net.silent = {4, 50}
+    net.run(3.0)
+    assert net.alive(50) == {False}
+    net.silent, now_s = set(), net.now_s
+    net.flight.clear()
+    net.effects.clear()
+    net.nodes = {
+        each.nid: Detector(each, net.list, now_s + net.rng.random() * 0.3) for each in net.list
+    }
+    net.run(5.0)
+    assert net.judged() == []

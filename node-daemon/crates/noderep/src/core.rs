@@ -42,6 +42,10 @@ pub(crate) struct Shared<T: Dispatch> {
 struct Core<T: Dispatch> {
     /// As of everything that is in the log.
     value: T,
+    /// A batch has been begun and not ended: `value` may be half of it, and so may be what is in the
+    /// log behind the tail. For ever, once a change has panicked. Not the lock's own poison: that is
+    /// also there when a copy panicked, which spoils nothing.
+    is_torn: bool,
     appender: Appender<T::Write>,
     desks: Vec<Desk<T::Write, Answer<T>>>,
     /// Empty; keeps its memory from batch to batch.
@@ -76,7 +80,7 @@ impl<T: Dispatch> NodeReplicated<T> {
     pub fn new(value: T, options: Options) -> Self {
         let appender = Appender::new(options.clone());
         let (desks, answers) = (Vec::new(), Vec::new());
-        let core = Core { value, appender, desks, answers, replicas_made: 0 };
+        let core = Core { value, is_torn: false, appender, desks, answers, replicas_made: 0 };
         let combiner = AtomicUsize::new(0);
         Self { shared: Arc::new(Shared { core: Mutex::new(core), combiner, options }) }
     }
@@ -86,16 +90,17 @@ impl<T: Dispatch> NodeReplicated<T> {
     pub fn replica(&self, name: &str) -> Replica<T> {
         let mut core = self.shared.lock();
         let core = &mut *core;
+        let value = core.copy(); // first: if it panics, nobody has come
         core.replicas_made += 1;
         let number = core.replicas_made;
         let (writer, desk) = seat(self.shared.options.clone());
         core.desks.retain(|desk| !desk.is_gone());
         core.desks.push(desk);
         let cursor = core.appender.cursor(number, name.to_owned());
-        Replica::new(Arc::clone(&self.shared), core.value.clone(), cursor, writer)
+        Replica::new(Arc::clone(&self.shared), value, cursor, writer)
     }
 
-    /// How the replicas are.
+    /// How the replicas are. Waits for a writer at work; also when a change has panicked.
     pub fn members(&self) -> Vec<Member> {
         let core = self.shared.lock();
         let published = core.appender.published();
@@ -114,26 +119,31 @@ impl<T: Dispatch> NodeReplicated<T> {
 }
 
 impl<T: Dispatch> Shared<T> {
+    /// Whoever has panicked with the lock is no reason: what was spoilt says [`Core::is_torn`].
     fn lock(&self) -> MutexGuard<'_, Core<T>> {
-        self.core.lock().unwrap_or_else(|_: PoisonError<_>| {
-            panic!("a write to a replicated structure has panicked: no copy can be made of it")
-        })
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies the structure as it is now for a replica that was evicted.
+    /// Copies the structure as it is now for a replica that was evicted. If that panics the replica
+    /// is still evicted (O7): placed first, it would pass its old copy off as the newest.
     pub(crate) fn copy_for(&self, cursor: &mut Cursor<T::Write>) -> T {
         let mut core = self.lock();
         self.combiner.store(cursor.position().number, Ordering::Relaxed);
+        let value = core.copy();
         core.appender.place(cursor);
-        core.value.clone()
+        value
     }
 
     /// Carries out what waits at the seats, if nobody else is at it.
     pub(crate) fn try_combine(&self, number: usize) -> Result<(), TryCombineError> {
-        let mut core = self.core.try_lock().map_err(|error| match error {
-            TryLockError::Poisoned(_) => TryCombineError::Poisoned,
-            TryLockError::WouldBlock => TryCombineError::Busy,
-        })?;
+        let mut core = match self.core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(TryCombineError::Busy),
+        };
+        if core.is_torn {
+            return Err(TryCombineError::Poisoned);
+        }
         self.combiner.store(number, Ordering::Relaxed);
         core.combine(&self.options);
         Ok(())
@@ -148,16 +158,25 @@ impl<T: Dispatch> Shared<T> {
 pub(crate) enum TryCombineError {
     /// Another thread has the lock.
     Busy,
-    /// One that had it has panicked.
+    /// A change has panicked.
     Poisoned,
 }
 
 impl<T: Dispatch> Core<T> {
+    fn copy(&self) -> T {
+        assert!(
+            !self.is_torn,
+            "a write to a replicated structure has panicked: no copy can be made of it"
+        );
+        self.value.clone()
+    }
+
     /// Every waiting change: on our copy, into the log; then all at once for everyone to see; then
     /// their writers are told. Before that point none of them has happened (O5).
     fn combine(&mut self, options: &Options) {
         // Ours and not `self`'s: if a change panics they are dropped, and their writers told.
         let mut answers = std::mem::take(&mut self.answers);
+        self.is_torn = true;
         for desk in &self.desks {
             let Some((change, taken)) = desk.take() else {
                 continue;
@@ -184,5 +203,6 @@ impl<T: Dispatch> Core<T> {
             taken.finish(answer);
         }
         self.answers = answers;
+        self.is_torn = false;
     }
 }

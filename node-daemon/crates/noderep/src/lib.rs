@@ -13,6 +13,8 @@
 //! All `unsafe` is in `log` (slots that are written by one and read by many) and `seat` (a cell that
 //! changes hands); both are driven through every interleaving by loom.
 
+#[cfg(doctest)]
+mod bounds;
 mod core;
 mod log;
 mod options;
@@ -30,9 +32,10 @@ pub use replica::{Number, Replica, WriteError};
 /// A structure that can be replicated: it changes by operations and by nothing else.
 ///
 /// `write` must do the same to equal copies: no clock, no random number, no address, nothing that
-/// another thread may change. Neither it nor a clone may use replicas of the same structure: a lock
-/// is held. It must not panic: a writer's copy that may be half changed refuses
-/// all further writes ([`WriteError::Poisoned`]).
+/// another thread may change. Neither it nor a clone or a drop may use replicas of the same structure:
+/// a lock is held (a write is [`WriteError::Busy`] then, all else waits for itself for ever). It must
+/// not panic: a writer's copy that may be half changed refuses all further writes
+/// ([`WriteError::Poisoned`]).
 pub trait Dispatch: Clone {
     /// A question; it may borrow.
     type Read<'a>;

@@ -1,6 +1,7 @@
 //! The shared log: a ring of changes, one appender, a cursor for each replica.
 //!
-//! Indices grow for ever; entry `i` is in slot `i mod entries`. Three words carry everything:
+//! Indices grow for ever (63 bits: three centuries at a billion changes a second); entry `i` is in
+//! slot `i mod entries`. Three words carry everything:
 //!
 //! - `tail`: entries below it are there (O1). Written by the appender alone.
 //! - a cursor's `word`: what it has copied; `idle(n)` or `copying(n)`: all below `n`. The appender
@@ -260,6 +261,11 @@ pub(crate) struct Evicted;
 impl<C: Clone> Cursor<C> {
     /// Whether there is nothing to copy: the whole cost of a read when nothing was written.
     pub(crate) fn is_current(&self) -> bool {
+        self.published() == self.next
+    }
+
+    /// Entries that are published.
+    pub(crate) fn published(&self) -> u64 {
         // Acquire: the answer of a write that was published before may have come to this thread by
         // any way; also see `publish` (O1).
         let ordering = if broken!(self.ring.options, LookRelaxed) {
@@ -267,17 +273,17 @@ impl<C: Clone> Cursor<C> {
         } else {
             Ordering::Acquire
         };
-        self.ring.tail.0.load(ordering) == self.next
+        self.ring.tail.0.load(ordering)
+    }
+
+    /// Whether all entries below this one are copied.
+    pub(crate) fn has_copied(&self, goal: u64) -> bool {
+        self.next >= goal
     }
 
     /// Copies entries that are there, at most [`COPY_ENTRIES`].
     pub(crate) fn copy(&mut self, into: &mut Vec<C>) -> Result<(), Evicted> {
-        let ordering = if broken!(self.ring.options, LookRelaxed) {
-            Ordering::Relaxed
-        } else {
-            Ordering::Acquire
-        };
-        let tail = self.ring.tail.0.load(ordering);
+        let tail = self.published();
         let word = &self.position.word.0;
         let (from, end) = (self.next, tail.min(self.next + COPY_ENTRIES));
         // Success Release: this write takes the place of the last `idle(from)`, whose Release the

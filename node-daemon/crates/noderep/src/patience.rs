@@ -19,13 +19,13 @@ mod chosen {
     /// See the module.
     pub(crate) struct Patience {
         limit: Duration,
-        until: Option<Instant>,
+        since: Option<Instant>,
         attempts: u32,
     }
 
     impl Patience {
         pub(crate) fn new(limit: Duration) -> Self {
-            Self { limit, until: None, attempts: 0 }
+            Self { limit, since: None, attempts: 0 }
         }
 
         /// Waits a little; false when the time is over.
@@ -35,13 +35,13 @@ mod chosen {
                 std::hint::spin_loop();
                 return true;
             }
-            let until = *self.until.get_or_insert_with(|| Instant::now() + self.limit);
+            let since = *self.since.get_or_insert_with(Instant::now);
             if self.attempts < SPINS + YIELDS {
                 std::thread::yield_now();
             } else {
                 std::thread::sleep(NAP);
             }
-            Instant::now() < until
+            since.elapsed() < self.limit // a limit may be longer than a clock can count
         }
     }
 }

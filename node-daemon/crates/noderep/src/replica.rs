@@ -71,6 +71,7 @@ impl<T: Dispatch> Replica<T> {
     }
 
     /// Answers a question as of now: everything that was written before this call began is seen.
+    /// Panics when this replica was evicted and a [`Dispatch::write`] has panicked.
     pub fn read(&mut self, question: T::Read<'_>) -> T::Found {
         self.latest().read(question)
     }
@@ -93,6 +94,9 @@ impl<T: Dispatch> Replica<T> {
 
     #[cold]
     fn catch_up(&mut self) {
+        // As far as the log is now, not as far as it is when we are there: writers that are quicker
+        // than this thread would have it run after them for ever.
+        let goal = self.cursor.published();
         loop {
             if self.is_torn || self.cursor.copy(&mut self.copied) == Err(Evicted) {
                 self.copied.clear();
@@ -106,7 +110,7 @@ impl<T: Dispatch> Replica<T> {
                 drop(self.value.write(change));
             }
             self.is_torn = false;
-            if self.cursor.is_current() {
+            if self.cursor.has_copied(goal) {
                 return;
             }
         }

@@ -83,6 +83,9 @@ pub(crate) fn seat<C, A>(options: Options) -> (Writer<C, A>, Desk<C, A>) {
 impl<C, A> Writer<C, A> {
     /// Leaves a change. One at a time.
     pub(crate) fn post(&mut self, change: C) {
+        if self.0.state.0.load(Ordering::Relaxed) != FREE {
+            self.settle();
+        }
         let state = self.0.state.0.load(Ordering::Relaxed); // FREE is written by us alone
         assert_eq!(state, FREE, "a writer has one change under way");
         // SAFETY: the state is FREE: the cell is the writer's, and `&mut self` is the one writer.
@@ -90,6 +93,15 @@ impl<C, A> Writer<C, A> {
         unsafe { self.0.exchange(Content::Change(change)) };
         // Release: with the Acquire of `take` (O4).
         self.0.state.0.store(POSTED, Ordering::Release);
+    }
+
+    /// This thread carried out a batch that panicked, so nobody has fetched the answer, or nobody has
+    /// taken the change (and nobody will).
+    #[cold]
+    fn settle(&mut self) {
+        if self.answer().is_none() {
+            self.withdraw();
+        }
     }
 
     /// Takes a change back that nobody has taken.
@@ -123,7 +135,9 @@ impl<C, A> Writer<C, A> {
 impl<C, A> Drop for Writer<C, A> {
     fn drop(&mut self) {
         // A writer does not leave while its change is under way (`Replica::write` waits), so the
-        // state is FREE, or DONE with an answer that nobody wants.
+        // state is FREE; or, where a batch has panicked in this thread (`settle`), DONE with an
+        // answer that nobody wants or POSTED with a change that nobody takes any more. Never TAKEN:
+        // who takes hands on before it leaves the lock, also when it panics.
         self.0.state.0.store(GONE, Ordering::Release);
     }
 }

@@ -19,6 +19,10 @@ MESSAGES_PER_S = 2000.0
 BURST_MESSAGES = 4000.0
 WRITE_BYTES_MAX = 256 * 1024
 """Of what the peer has not taken yet; a list of NODES_MAX entries goes part by part."""
+FORGERY_MESSAGES = 20.0
+"""What a bad signature counts as: verifying is the dearest thing that a message can ask for, and a
+member that has gone bad could ask for ten in each. An honest one whose whole list is signed with a
+key that is not known here yet is not slowed down by it, up to two hundred entries."""
 USER_TIMEOUT_MS = 5000
 """What a peer does not acknowledge for this long ends the connection."""
 
@@ -101,6 +105,10 @@ class Link(asyncio.Protocol):
         self.last_s = self._clock()
         return len(raw)
 
+    def charge(self) -> None:
+        """It has brought a bad signature: it is read the more slowly."""
+        self._allowance -= FORGERY_MESSAGES
+
     def close(self) -> None:
         """End it when all is sent."""
         if self.transport is not None:
@@ -140,7 +148,8 @@ class Link(asyncio.Protocol):
         if self.transport is None or self._resume is not None:
             return
         self.transport.pause_reading()
-        pause_s = BURST_MESSAGES / 8 / MESSAGES_PER_S
+        # Until it may say something again: each look in vain would let more of it in here.
+        pause_s = max(BURST_MESSAGES / 8, 1.0 - self._allowance) / MESSAGES_PER_S
         self._resume = asyncio.get_running_loop().call_later(pause_s, self._go_on)
 
     def _go_on(self) -> None:

@@ -16,7 +16,7 @@ import contextlib
 import random
 import socket
 import ssl
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,6 +32,9 @@ from tercet_node.membership import Entry, Hello, Message, Nid, WireError
 LINKS_MAX = 512
 HANDSHAKES_MAX = 64
 """Connections accepted whose handshake is not done, and calls under way: each as many."""
+HANDSHAKES_OF_ONE_MAX = 16
+"""Of those accepted, from one address: who has no certificate and opens connections to say nothing
+on them keeps no others out."""
 HANDSHAKE_S = 3.0
 CALL_S = 3.0
 HELLO_S = 3.0
@@ -90,7 +93,8 @@ class Mesh:
         self._links: set[Link] = set()
         self._group: asyncio.TaskGroup | None = None
         self._closed = False
-        self._handshakes = 0
+        self._handshakes: Counter[str] = Counter()
+        """Accepted, by the caller's address."""
         self._calls = 0
         self._counted: dict[tuple[str, type[Message]], Callable[[], None]] = {}
         self.listening = asyncio.Event()
@@ -128,6 +132,12 @@ class Mesh:
         peer = self._peers.pop(nid, None)
         if peer is not None and peer.link is not None:
             peer.link.abort()
+
+    def charge(self, nid: Nid) -> None:
+        """That node has sent a bad signature."""
+        peer = self._peers.get(nid)
+        if peer is not None and peer.link is not None:
+            peer.link.charge()
 
     def _begin(self, to: Entry, peer: _Peer) -> None:
         assert self._group is not None
@@ -226,21 +236,25 @@ class Mesh:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                accepted, _ = await loop.sock_accept(server)
+                accepted, (host, *_) = await loop.sock_accept(server)
             except OSError as error:  # of one connection, or of too many files
                 log.warning("connection not accepted", error=str(error))
                 await asyncio.sleep(PAUSE_S_MIN)
                 continue
-            full = self._handshakes >= HANDSHAKES_MAX or len(self._links) >= LINKS_MAX
             contexts = self._contexts()
-            if full or contexts is None:
+            if self._is_full(host) or contexts is None:
                 self._figures.refused.labels("too-many").inc()
                 accepted.close()
                 continue
-            self._handshakes += 1
-            self._group.create_task(self._shake(accepted, contexts), name="members-handshake")
+            self._handshakes[host] += 1
+            self._group.create_task(self._shake(accepted, host, contexts), name="members-handshake")
 
-    async def _shake(self, accepted: socket.socket, contexts: Contexts) -> None:
+    def _is_full(self, host: str) -> bool:
+        if len(self._links) >= LINKS_MAX or self._handshakes.total() >= HANDSHAKES_MAX:
+            return True
+        return self._handshakes[host] >= HANDSHAKES_OF_ONE_MAX
+
+    async def _shake(self, accepted: socket.socket, host: str, contexts: Contexts) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: Link(self, self._clock),
@@ -254,7 +268,9 @@ class Mesh:
             log.info("handshake failed", error=str(error))
             accepted.close()
         finally:
-            self._handshakes -= 1
+            self._handshakes[host] -= 1
+            if not self._handshakes[host]:
+                del self._handshakes[host]
 
     # ------------------------------------------------------------------ what links say
 

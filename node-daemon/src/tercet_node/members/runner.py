@@ -161,6 +161,7 @@ class Runner:
                 self._figures.refused.labels(reason.value).inc()
                 log.warning("message refused", nid=peer, reason=reason.value, about=about)
                 if reason is Reason.BAD_SIGNATURE:
+                    self.mesh.charge(peer)
                     self._to.unsealed()
             case Judged(nid, alive):
                 self._figures.verdicts.labels("alive" if alive else "dead").inc()
