@@ -92,7 +92,7 @@ pub fn all() -> Vec<Bird> {
         Replication R::CountOlderEntry 500,
         Replication R::ReadWithoutLease 150,
         Replication R::PairGrantForSealed 0,
-        Replication R::ForgetGrants 500,
+        Replication R::ForgetGrants 1000,
         Replication R::SealWithoutWait 250,
         Replication R::QueueOnSecondary 30,
         Replication R::KeepAssociations 30,
