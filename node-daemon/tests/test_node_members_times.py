@@ -31,7 +31,8 @@ from tercet_e2e.evidence import record
 from tercet_e2e.swarm import Authority, Site, Swarm, process, until
 from tercet_node.membership import AddNoProp, Judged, Suspected, sign
 
-WINDOWS_MAX = 20
+WINDOWS_MAX = 40
+"""Where ninety-nine nodes of one process are late for each other it takes patience."""
 WINDOW_S = 3.0
 WAKE_UPS_S_MAX = 6.0
 """Five for two neighbours (asks, is answered, is asked, each 0.6 s), and one for all else."""
