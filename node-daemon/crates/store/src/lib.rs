@@ -15,12 +15,14 @@ pub mod simdisk;
 pub mod store;
 
 mod alloc;
+mod batch;
 mod cache;
 mod changes;
 mod check;
 mod checkpoint;
 mod clone;
 mod format;
+mod hash;
 mod incoming;
 mod io;
 mod layout;
