@@ -6,6 +6,7 @@
 //! checked against what this connection may carry, so a peer costs at most one payload of memory.
 
 use bytes::{Bytes, BytesMut};
+use tercet_proto::page_aligned;
 
 use crate::le::u32_at;
 use crate::pdu::{
@@ -297,7 +298,7 @@ impl Pending {
             return true;
         }
         if self.gathered.is_empty() {
-            self.gathered.reserve(want);
+            self.gathered = page_aligned(want);
         }
         let count = want.min(input.len());
         self.gathered.extend_from_slice(&input.split_to(count));

@@ -3,13 +3,23 @@
 //! An entry is immutable once it is made (rule W8). Its header names its place and the epoch of the
 //! entry before it, so that a log is matched by induction (rule W2).
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes, BytesMut};
 
 use crate::config::Config;
 use crate::ids::{Epoch, InstanceId, Lsn, SnapshotId};
 
 /// Bytes of a block, the unit of every range, of checksums and of copy-on-write.
 pub const BLOCK_BYTES: usize = 4096;
+
+/// An empty buffer with room for so many bytes that begin at a page: a payload that is gathered there
+/// goes to a device without another copy.
+pub fn page_aligned(bytes: usize) -> BytesMut {
+    let mut buffer = BytesMut::with_capacity(bytes + BLOCK_BYTES);
+    let pad = buffer.as_ptr().align_offset(BLOCK_BYTES);
+    buffer.resize(pad, 0);
+    buffer.advance(pad);
+    buffer
+}
 
 /// A place in a log: (epoch, lsn). Ordered as rule T5 orders tails: epoch first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

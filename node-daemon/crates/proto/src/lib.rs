@@ -20,7 +20,9 @@ pub mod time;
 pub use chunks::{ChunkPage, ChunkRow};
 pub use config::{Config, ConfigState, IllegalStep, Member, Primary};
 pub use copy::{Copies, Piece, StampRun, Stamps, View, ViewId};
-pub use entry::{BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise};
+pub use entry::{
+    BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Place, Promise, page_aligned,
+};
 pub use ids::{Epoch, InstanceId, Lsn, NodeName, ReplicaId, SnapshotId, Token, VolumeId};
 pub use repair::{BlockVersion, Repairs};
 pub use storage::{

@@ -13,11 +13,10 @@ use io_uring::{opcode, squeue, types};
 use rustix::fs::FallocateFlags;
 use rustix::io::ReadWriteFlags;
 use tercet_proto::Instant;
-use tercet_store::arena::Buf;
 use tercet_store::disk::{Disk, DiskDone, DiskError, DiskOp, DiskToken};
 
 use crate::device::{Device, DeviceKind, Discard, SECTOR_BYTES};
-use crate::operation::{DiskKind, DiskOperation, Operation};
+use crate::operation::{DiskKind, DiskOperation, Memory, Operation};
 use crate::reactor::{DiskId, Event, Reactor};
 
 /// Zeroes to write where a device cannot write them by itself.
@@ -83,15 +82,21 @@ macro_rules! on_file {
 
 impl Reactor {
     pub(crate) fn submit_disk(&mut self, disk: u32, token: DiskToken, op: DiskOp) {
-        let (kind, buf) = match op {
-            DiskOp::Read { offset, into } => (DiskKind::Read { offset }, Some(into)),
-            DiskOp::Write { offset, data, fua } => (DiskKind::Write { offset, fua }, Some(data)),
-            DiskOp::Flush => (DiskKind::Flush, None),
-            DiskOp::Deallocate { offset, len } => (DiskKind::Deallocate { offset, len }, None),
-            DiskOp::WriteZeroes { offset, len } => (DiskKind::WriteZeroes { offset, len }, None),
+        let (kind, memory) = match op {
+            DiskOp::Read { offset, into } => (DiskKind::Read { offset }, Memory::Into(into)),
+            DiskOp::Write { offset, data, fua } => {
+                (DiskKind::Write { offset, fua }, Memory::From(data))
+            }
+            DiskOp::Flush => (DiskKind::Flush, Memory::None),
+            DiskOp::Deallocate { offset, len } => {
+                (DiskKind::Deallocate { offset, len }, Memory::None)
+            }
+            DiskOp::WriteZeroes { offset, len } => {
+                (DiskKind::WriteZeroes { offset, len }, Memory::None)
+            }
         };
         let slot = &self.disks.slots[disk as usize];
-        let (offset, bytes) = kind.range(buf.as_ref());
+        let (offset, bytes) = kind.range(&memory);
         assert!(offset.is_multiple_of(SECTOR_BYTES), "offsets are multiples of 4,096");
         assert!(bytes.is_multiple_of(SECTOR_BYTES), "lengths are multiples of 4,096");
         assert!(
@@ -103,17 +108,17 @@ impl Reactor {
             return self.backlog.push_back(Event::Disk { disk: DiskId(disk), done });
         }
         if slot.device.nvme.is_some() {
-            return self.start_nvme(disk, token, kind, buf);
+            return self.start_nvme(disk, token, kind, memory);
         }
-        self.start_disk(DiskOperation { disk, token, kind, buf, done_bytes: 0 });
+        self.start_disk(DiskOperation { disk, token, kind, memory, done_bytes: 0 });
     }
 
     fn start_disk(&mut self, mut operation: DiskOperation) {
         let slot = &self.disks.slots[operation.disk as usize];
-        let fixed_buffers = operation.buf.as_ref().is_some_and(|buf| self.ring.knows(buf));
+        let fixed_buffers = self.ring.knows(operation.memory.bytes());
         let entry = entry(slot, &mut operation, fixed_buffers);
-        // SAFETY: the buffer is kept in the operation; its memory is the arena's and does not move.
-        // Zeroes are a constant.
+        // SAFETY: the memory is kept in the operation, whether the arena's or bytes of a payload, and
+        // does not move. Zeroes are a constant.
         unsafe { self.start(Operation::Disk(operation), entry) };
         self.ring.submit_when(SUBMIT_QUEUED);
     }
@@ -148,7 +153,8 @@ impl Reactor {
             let (device, kind) = (device.path.display(), operation.kind);
             tracing::error!(%device, ?kind, %error, "device error");
         }
-        let done = DiskDone { token: operation.token, buf: operation.buf, result: outcome };
+        let done =
+            DiskDone { token: operation.token, buf: operation.memory.into_buf(), result: outcome };
         events.push(Event::Disk { disk: DiskId(operation.disk), done });
     }
 }
@@ -159,7 +165,7 @@ fn bytes_to_move(device: DeviceKind, operation: &DiskOperation) -> usize {
         DiskKind::WriteZeroes { len, .. } if device == DeviceKind::File => {
             usize::try_from(len).expect("64-bit machine")
         }
-        _ => operation.buf.as_ref().map_or(0, |buf| buf.len()),
+        _ => operation.memory.len(),
     }
 }
 
@@ -175,8 +181,7 @@ fn entry(slot: &Slot, operation: &mut DiskOperation, fixed_buffers: bool) -> squ
     let done = operation.done_bytes;
     match operation.kind {
         DiskKind::Read { offset } => {
-            let buf = operation.buf.as_mut().expect("a read has a buffer");
-            let (pointer, length) = remaining_mut(buf, done);
+            let (pointer, length) = remaining_mut(operation.memory.bytes_mut(), done);
             let at = slot.device.base_bytes + offset + done as u64;
             if fixed_buffers {
                 on_file!(slot, index, fd => {
@@ -189,8 +194,7 @@ fn entry(slot: &Slot, operation: &mut DiskOperation, fixed_buffers: bool) -> squ
             }
         }
         DiskKind::Write { offset, fua } => {
-            let buf = operation.buf.as_ref().expect("a write has a buffer");
-            let (pointer, length) = remaining(&buf[done..]);
+            let (pointer, length) = remaining(&operation.memory.bytes()[done..]);
             let at = slot.device.base_bytes + offset + done as u64;
             let flags = if fua { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
             let flags = flags.bits().cast_signed();
@@ -243,7 +247,7 @@ fn remaining(rest: &[u8]) -> (*const u8, u32) {
     (rest.as_ptr(), u32::try_from(rest.len()).expect("a buffer below 4 GiB"))
 }
 
-fn remaining_mut(buf: &mut Buf, done: usize) -> (*mut u8, u32) {
+fn remaining_mut(buf: &mut [u8], done: usize) -> (*mut u8, u32) {
     let rest = &mut buf[done..];
     (rest.as_mut_ptr(), u32::try_from(rest.len()).expect("a buffer below 4 GiB"))
 }

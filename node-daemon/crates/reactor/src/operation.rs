@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use tercet_store::arena::Buf;
-use tercet_store::disk::DiskToken;
+use tercet_store::disk::{Data, DiskToken};
 
 use crate::nvme::NvmeOperation;
 
@@ -44,8 +44,46 @@ pub(crate) struct DiskOperation {
     pub(crate) disk: u32,
     pub(crate) token: DiskToken,
     pub(crate) kind: DiskKind,
-    pub(crate) buf: Option<Buf>,
+    pub(crate) memory: Memory,
     pub(crate) done_bytes: usize,
+}
+
+/// What an operation reads into or writes from. It does not move while the kernel has it.
+pub(crate) enum Memory {
+    None,
+    Into(Buf),
+    From(Data),
+}
+
+impl Memory {
+    pub(crate) fn len(&self) -> usize {
+        self.bytes().len()
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::None => &[],
+            Self::Into(buf) => buf,
+            Self::From(data) => data,
+        }
+    }
+
+    /// Where a read goes.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Into(buf) => buf,
+            Self::None | Self::From(_) => panic!("a read has a buffer"),
+        }
+    }
+
+    /// The buffer that goes back to who asked.
+    pub(crate) fn into_buf(self) -> Option<Buf> {
+        match self {
+            Self::None => None,
+            Self::Into(buf) => Some(buf),
+            Self::From(data) => data.into_buf(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,8 +97,8 @@ pub(crate) enum DiskKind {
 
 impl DiskKind {
     /// Where an operation begins, and how long it is, in bytes.
-    pub(crate) fn range(self, buf: Option<&Buf>) -> (u64, u64) {
-        let moved = buf.map_or(0, |buf| buf.len() as u64);
+    pub(crate) fn range(self, memory: &Memory) -> (u64, u64) {
+        let moved = memory.len() as u64;
         match self {
             Self::Read { offset } | Self::Write { offset, .. } => (offset, moved),
             Self::Deallocate { offset, len } | Self::WriteZeroes { offset, len } => (offset, len),

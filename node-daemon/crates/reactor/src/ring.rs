@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, squeue};
-use tercet_store::arena::{Arena, Buf};
+use tercet_store::arena::Arena;
 use tracing::{info, warn};
 
 /// Entries that can be queued before the kernel is entered.
@@ -64,12 +64,12 @@ impl Ring {
         }
     }
 
-    /// Whether the ring knows the memory of this buffer.
-    pub(crate) fn knows(&self, buf: &Buf) -> bool {
+    /// Whether the ring knows this memory.
+    pub(crate) fn knows(&self, bytes: &[u8]) -> bool {
         self.arena.as_ref().is_some_and(|arena| {
-            let (start, bytes) = arena.region();
-            let region = start.addr()..start.addr() + bytes;
-            region.contains(&buf.as_ptr().addr())
+            let (start, length) = arena.region();
+            let region = start.addr()..start.addr() + length;
+            !bytes.is_empty() && region.contains(&bytes.as_ptr().addr())
         })
     }
 

@@ -10,11 +10,13 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use common::{Backend, Bench, Folder, MIB, SECTOR, backends, filled};
+use tercet_proto::page_aligned;
 use tercet_reactor::{
     Device, DeviceError, DeviceKind, Discard, FileDisk, Nguid, OpenDevice, Place,
 };
-use tercet_store::disk::{Disk, DiskDone, DiskOp, DiskToken};
+use tercet_store::disk::{Data, Disk, DiskDone, DiskOp, DiskToken};
 
 fn wait_all(disk: &mut FileDisk<'_>, count: usize) -> Vec<DiskDone> {
     let mut done = Vec::new();
@@ -23,6 +25,23 @@ fn wait_all(disk: &mut FileDisk<'_>, count: usize) -> Vec<DiskDone> {
     }
     assert_eq!(done.len(), count);
     done
+}
+
+/// Bytes that others have as well are written from where they are, in registered memory or not; and
+/// none that a device would not take from there.
+fn write_shared(backend: &Backend, registered: bool) {
+    let mut bench = Bench::new(backend.open(), 16 << 20, registered);
+    let mut gathered = page_aligned(4 * SECTOR);
+    gathered.resize(4 * SECTOR, 7);
+    let others = Bytes::from_owner(bench.filled(4 * SECTOR, 9));
+    for (offset, bytes) in [(0, gathered.freeze()), (MIB, others)] {
+        assert!(Data::shared(&bytes.slice(1..=SECTOR)).is_none(), "it begins within a page");
+        assert!(Data::shared(&bytes.slice(..SECTOR + 512)).is_none(), "it is no whole blocks");
+        let data = Data::shared(&bytes.slice(SECTOR..)).expect("at a page");
+        let done = bench.must(vec![DiskOp::Write { offset, data, fua: true }]);
+        assert!(done[0].buf.is_none(), "nobody's buffer comes back");
+        assert_eq!(bench.read(offset, 3 * SECTOR)[..], bytes[SECTOR..]);
+    }
 }
 
 fn round_trip(backend: &Backend, registered: bool) {
@@ -34,7 +53,10 @@ fn round_trip(backend: &Backend, registered: bool) {
     for block in 0..200_u64 {
         let data = filled(&arena, 2 * SECTOR, block as u8 + 1);
         let fua = block.is_multiple_of(2);
-        disk.submit(DiskToken(block), DiskOp::Write { offset: block * 65536, data, fua });
+        disk.submit(
+            DiskToken(block),
+            DiskOp::Write { offset: block * 65536, data: data.into(), fua },
+        );
     }
     for done in wait_all(&mut disk, 200) {
         assert_eq!(done.result, Ok(()));
@@ -61,6 +83,7 @@ fn round_trip(backend: &Backend, registered: bool) {
 fn what_is_written_is_read_back_through_registered_memory() {
     for backend in backends("fixed", 64 * MIB) {
         round_trip(&backend, true);
+        write_shared(&backend, true);
     }
 }
 
@@ -68,6 +91,7 @@ fn what_is_written_is_read_back_through_registered_memory() {
 fn what_is_written_is_read_back_without_registered_memory() {
     for backend in backends("plain", 64 * MIB) {
         round_trip(&backend, false);
+        write_shared(&backend, false);
     }
 }
 
@@ -85,7 +109,7 @@ fn a_large_operation_arrives_whole_and_in_order() {
                 block.copy_from_slice(&number.to_le_bytes().repeat(SECTOR / 8));
             }
             let written = data.to_vec();
-            bench.must(vec![DiskOp::Write { offset, data, fua: true }]);
+            bench.must(vec![DiskOp::Write { offset, data: data.into(), fua: true }]);
             assert!(bench.read(offset, written.len())[..] == written, "{}", backend.name);
             let part = bench.read(offset + SECTOR as u64, 200 * SECTOR);
             assert!(part[..] == written[SECTOR..201 * SECTOR], "{}", backend.name);
@@ -101,7 +125,7 @@ fn zeroes_and_deallocations_keep_to_their_range() {
         for (offset, len) in [(SECTOR as u64, 4 * MIB), (5 * MIB, SECTOR as u64)] {
             for deallocate in [false, true] {
                 let data = bench.filled(around as usize, 0x5a);
-                bench.must(vec![DiskOp::Write { offset: 0, data, fua: false }]);
+                bench.must(vec![DiskOp::Write { offset: 0, data: data.into(), fua: false }]);
                 bench.must(vec![if deallocate {
                     DiskOp::Deallocate { offset, len }
                 } else {
@@ -188,7 +212,7 @@ fn regions_of_a_device_do_not_overlap_and_share_its_lock() {
             assert_eq!(bench.file_disk().capacity_bytes(), half);
             let data = bench.filled(SECTOR, value);
             let offset = if value == 1 { half - SECTOR as u64 } else { 0 };
-            bench.must(vec![DiskOp::Write { offset, data, fua: true }]);
+            bench.must(vec![DiskOp::Write { offset, data: data.into(), fua: true }]);
         }
         drop(bench);
         let mut whole = Bench::new(backend.open(), 1 << 20, false);
@@ -244,7 +268,7 @@ fn writer() {
         let write = |slot| {
             let data = bench.filled(MIB as usize, (round + slot) as u8);
             let offset = (round * 48 + slot) * MIB % WRITTEN_BYTES;
-            DiskOp::Write { offset, data, fua: true }
+            DiskOp::Write { offset, data: data.into(), fua: true }
         };
         let writes = (0..48).map(write).collect();
         bench.must(writes);

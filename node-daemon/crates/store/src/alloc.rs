@@ -14,6 +14,11 @@ use std::collections::HashMap;
 
 use tercet_proto::disk::{CHUNK_BLOCKS, Run};
 
+use crate::hash::NumberMap;
+
+/// So many runs of free blocks are passed over for each block at most in looking for longer ones.
+const SKIPPED_RUNS_MAX: u32 = 16;
+
 /// Blocks of the data area.
 #[derive(Debug)]
 pub(crate) struct Alloc {
@@ -25,13 +30,17 @@ pub(crate) struct Alloc {
     /// Holders, for groups of 1,024 blocks in which one has more than one.
     shared: Vec<Option<Box<Group>>>,
     free: u64,
+    /// Where the next blocks are looked for, and where the next long runs.
     cursor: u32,
+    long: u32,
     /// Freed since the last checkpoint began.
     pending: Vec<u32>,
     /// Freed before the checkpoint that is being made.
     aging: Vec<u32>,
     /// Block of the data area -> block of the ring where its bytes are for now.
-    home: HashMap<u32, u32>,
+    home: NumberMap<u32, u32>,
+    /// Blocks that are being read, and how often: they are not given out meanwhile.
+    reading: NumberMap<u32, u32>,
     /// Blocks promised to entries that will need them when they are applied.
     pub(crate) reserved: u64,
     /// Breaks the count once.
@@ -61,9 +70,11 @@ impl Alloc {
             shared: (0..groups).map(|_| None).collect(),
             free: u64::from(data.1),
             cursor: 0,
+            long: 0,
             pending: Vec::new(),
             aging: Vec::new(),
-            home: HashMap::new(),
+            home: NumberMap::default(),
+            reading: NumberMap::default(),
             reserved: 0,
             #[cfg(feature = "canary")]
             forget_release: false,
@@ -195,42 +206,113 @@ impl Alloc {
         }
     }
 
-    /// `count` blocks with one holder each, in as few runs as the place next to the last ones
-    /// allows; none, and nothing changed, when fewer are free.
+    /// `count` blocks with one holder each, the first that are free behind the last ones; none, and
+    /// nothing changed, when fewer are free.
     pub(crate) fn take(&mut self, count: u32) -> Option<Vec<Run>> {
-        if u64::from(count) > self.free {
-            return None;
-        }
-        let mut runs: Vec<Run> = Vec::new();
-        let mut left = count;
-        while left > 0 {
-            let index = self.next_free();
-            self.cursor = index + 1;
-            let block = self.data.0 + index;
-            self.hold(block);
-            match runs.last_mut() {
-                Some(run) if run.0 + run.1 == block => run.1 += 1,
-                _ => runs.push((block, 1)),
-            }
-            left -= 1;
-        }
+        let (runs, at) = self.find(self.cursor, count, (1, u32::MAX)).ok()?;
+        self.cursor = at;
+        self.hold_runs(&runs);
         Some(runs)
     }
 
-    /// The first free block at or behind the cursor, cyclically. There is one.
-    fn next_free(&self) -> u32 {
+    /// As `take`, in runs as long as are near, and not shorter than so many blocks; none otherwise.
+    /// Shorter pieces are passed over, for `take` to use or until they have grown together.
+    pub(crate) fn take_long(&mut self, count: u32, length_min: u32) -> Option<Vec<Run>> {
+        let mut length = count;
+        loop {
+            match self.find(self.long, count, (length, count * SKIPPED_RUNS_MAX)) {
+                Ok((runs, at)) => {
+                    self.long = at;
+                    self.hold_runs(&runs);
+                    return Some(runs);
+                }
+                Err(reached) if length <= length_min => {
+                    self.long = reached; // the next one goes on from there
+                    return None;
+                }
+                Err(_) => length = (length / 2).max(length_min),
+            }
+        }
+    }
+
+    /// The first free blocks from a place on, cyclically, in runs of at least so many (the last may
+    /// be shorter), and the place behind them; or how far it was looked.
+    fn find(
+        &self,
+        from: u32,
+        count: u32,
+        (length_min, skipped_max): (u32, u32),
+    ) -> Result<(Vec<Run>, u32), u32> {
+        let mut runs: Vec<Run> = Vec::new();
+        let (mut left, mut at) = (count, from);
+        let (mut passed, mut skipped) = (0, 0);
+        if u64::from(count) > self.free {
+            return Err(from);
+        }
+        while left > 0 {
+            let (index, length) = self.next_run(at, left);
+            passed += u64::from((index + self.data.1 - at) % self.data.1 + length);
+            at = (index + length) % self.data.1;
+            if passed > u64::from(self.data.1) {
+                return Err(from);
+            }
+            if length < length_min.min(left) {
+                skipped += 1;
+                if skipped == skipped_max {
+                    return Err(at);
+                }
+                continue;
+            }
+            match runs.last_mut() {
+                Some(run) if run.0 + run.1 == self.data.0 + index => run.1 += length,
+                _ => runs.push((self.data.0 + index, length)),
+            }
+            left -= length;
+        }
+        Ok((runs, at))
+    }
+
+    /// Long runs are looked for from the longest one on: where a store that was opened goes on.
+    pub(crate) fn seek_longest(&mut self) {
+        let (mut longest, mut at) = (0, 0);
+        while self.free > 0 && at < self.data.1 {
+            let (index, length) = self.next_run(at, u32::MAX);
+            if index < at {
+                return; // round the end
+            }
+            if length > longest {
+                (longest, self.long) = (length, index);
+            }
+            at = index + length;
+        }
+    }
+
+    /// The first free run at or behind a place, cyclically, and how long it is, at most `most`. There
+    /// is one.
+    fn next_run(&self, at: u32, most: u32) -> (u32, u32) {
         let words = self.busy.len();
-        let start = self.cursor % self.data.1;
-        let mut word = start as usize / 64;
-        let mut free = !self.busy[word] & (u64::MAX << (start % 64));
+        let mut word = at as usize / 64;
+        let mut free = !self.busy[word] & (u64::MAX << (at % 64));
         for _ in 0..=words {
             if free != 0 {
-                return (word * 64) as u32 + free.trailing_zeros();
+                break;
             }
             word = (word + 1) % words;
             free = !self.busy[word];
         }
-        panic!("a free block was counted and is not there");
+        assert_ne!(free, 0, "a free block was counted and is not there");
+        let first = free.trailing_zeros();
+        let index = (word * 64) as u32 + first;
+        let mut length = (!(free >> first)).trailing_zeros();
+        while length < most && (index + length).is_multiple_of(64) && word + 1 < words {
+            word += 1;
+            let more = self.busy[word].trailing_zeros();
+            length += more;
+            if more == 0 {
+                break;
+            }
+        }
+        (index, length.min(most))
     }
 
     /// A checkpoint begins: what is pending now may be used again when it is durable.
@@ -242,10 +324,27 @@ impl Alloc {
     /// The checkpoint is durable.
     pub(crate) fn free_aged(&mut self) {
         for block in std::mem::take(&mut self.aging) {
+            if self.reading.contains_key(&block) {
+                self.pending.push(block); // until the next one
+                continue;
+            }
             let index = self.index(block);
             assert_eq!(self.holders(block), 0, "a pending block has no holder");
             self.busy[index / 64] &= !(1 << (index % 64));
             self.free += 1;
+        }
+    }
+
+    /// A read of a block begins: whoever gives the block up, it stays what it is until the read ends.
+    pub(crate) fn begin_read(&mut self, block: u32) {
+        *self.reading.entry(block).or_insert(0) += 1;
+    }
+
+    pub(crate) fn end_read(&mut self, block: u32) {
+        let count = self.reading.get_mut(&block).expect("begun before");
+        *count -= 1;
+        if *count == 0 {
+            self.reading.remove(&block);
         }
     }
 
@@ -352,6 +451,86 @@ mod tests {
         assert!(alloc.compare(&fresh).is_empty());
         alloc.release(70);
         assert_eq!((alloc.holders(70), alloc.pending()), (0, 2));
+    }
+
+    #[test]
+    fn a_block_that_is_being_read_is_not_given_out_however_many_checkpoints_come() {
+        let mut alloc = Alloc::new((64, 64));
+        alloc.take(64).expect("all of them");
+        for _ in 0..2 {
+            alloc.begin_read(70);
+        }
+        alloc.release(70);
+        for _ in 0..2 {
+            alloc.age();
+            alloc.free_aged();
+            assert!(alloc.take(1).is_none());
+            alloc.end_read(70);
+        }
+        alloc.age();
+        alloc.free_aged();
+        assert_eq!(alloc.take(1), Some(vec![(70, 1)]));
+        assert!(alloc.reading.is_empty());
+    }
+
+    /// In long runs or not at all, and then nothing has changed; over the end of the device as well.
+    #[test]
+    fn long_runs_or_none() {
+        let mut alloc = Alloc::new((64, 200));
+        alloc.take(200).expect("all of them");
+        for block in (64..264).filter(|block| block % 4 != 0 || *block >= 244) {
+            alloc.release(block);
+        }
+        alloc.age();
+        alloc.free_aged();
+        assert_eq!(alloc.take_long(8, 4), Some(vec![(241, 8)]), "runs of 3 are passed over");
+        assert_eq!(alloc.take_long(8, 4), Some(vec![(249, 8)]));
+        assert_eq!(alloc.take_long(8, 4), Some(vec![(257, 7), (65, 1)]));
+        assert_eq!(alloc.take(3), Some(vec![(66, 2), (69, 1)]));
+        let free = alloc.free();
+        assert_eq!((alloc.take_long(8, 4), alloc.free()), (None, free), "no runs of 4");
+        let rest = alloc.take(alloc.free() as u32).expect("free");
+        assert_eq!((rest[0], rest.len(), alloc.free()), ((70, 2), 43, 0));
+        assert_eq!(alloc.take_long(1, 1), None);
+    }
+
+    /// The longest runs that are near come first; short ones are not worth a write of their own.
+    #[test]
+    fn long_runs_come_first() {
+        let mut alloc = Alloc::new((64, 200));
+        alloc.take(200).expect("all of them");
+        for block in (70..72).chain(80..84).chain(100..104).chain(130..138).chain(150..152) {
+            alloc.release(block);
+        }
+        alloc.age();
+        alloc.free_aged();
+        assert_eq!(alloc.take_long(8, 4), Some(vec![(130, 8)]));
+        assert_eq!(alloc.take_long(8, 4), Some(vec![(80, 4), (100, 4)]));
+        assert_eq!(alloc.take_long(4, 4), None);
+        assert_eq!(alloc.take(4), Some(vec![(70, 2), (150, 2)]));
+    }
+
+    /// Runs are found whole over the ends of the bits' words.
+    #[test]
+    fn a_run_goes_over_words() {
+        let mut alloc = Alloc::new((64, 1000));
+        assert_eq!(alloc.take_long(1000, 1), Some(vec![(64, 1000)]));
+        for block in 100..400 {
+            alloc.release(block);
+        }
+        alloc.age();
+        alloc.free_aged();
+        for block in 500..600 {
+            alloc.release(block);
+        }
+        alloc.age();
+        alloc.free_aged();
+        assert_eq!(alloc.take_long(301, 301), None);
+        alloc.seek_longest();
+        assert_eq!(alloc.take_long(50, 50), Some(vec![(100, 50)]));
+        assert_eq!(alloc.take_long(250, 250), Some(vec![(150, 250)]));
+        alloc.seek_longest();
+        assert_eq!(alloc.take_long(1, 1), Some(vec![(500, 1)]));
     }
 
     #[test]

@@ -11,11 +11,15 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
-use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
 use tercet_proto::BLOCK_BYTES;
 
 /// Buffers of at most this many pages come from the low end.
 const SMALL_PAGES_MAX: usize = 16;
+
+/// Regions of at least this begin at a multiple of it, so that the machine can back them with huge
+/// pages: the ring then has one piece to walk through where it had 512.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A fixed region of page-aligned memory. Cheap to clone: all clones are one arena.
 #[derive(Clone, Debug)]
@@ -27,6 +31,8 @@ pub struct Arena {
 struct Inner {
     base: NonNull<u8>,
     len: usize,
+    /// What was mapped: the region, and what is left before and behind it.
+    mapped: (NonNull<u8>, usize),
     pages: Mutex<Pages>,
 }
 
@@ -59,19 +65,27 @@ impl Arena {
     pub fn new(bytes: usize) -> Self {
         let count = bytes.div_ceil(BLOCK_BYTES).max(1);
         let len = count * BLOCK_BYTES;
+        let huge = len >= HUGE_PAGE_BYTES;
+        let mapped_len = if huge { len + HUGE_PAGE_BYTES } else { len };
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new anonymous mapping at a place of the kernel's choice aliases nothing.
-        let base = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)
+        let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped_len, access, flags) }
+            .expect("memory for the arena");
+        let mapped = NonNull::new(mapped.cast::<u8>()).expect("a mapping is not at null");
+        let skipped = if huge { mapped.align_offset(HUGE_PAGE_BYTES) } else { 0 };
+        // SAFETY: below a huge page, and so much more was mapped.
+        let base = unsafe { mapped.add(skipped) };
+        if huge {
+            // SAFETY: a part of the mapping made above. Where the kernel has no huge pages the
+            // arena works all the same.
+            let _ = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxHugepage) };
         }
-        .expect("memory for the arena");
-        // SAFETY: exactly the mapping made above. Where the limit on locked memory forbids it the
-        // arena works all the same.
-        let _ = unsafe { mlock(base, len) };
-        let base = NonNull::new(base.cast::<u8>()).expect("a mapping is not at null");
+        // SAFETY: as above. Where the limit on locked memory forbids it the arena works all the same.
+        let _ = unsafe { mlock(base.as_ptr().cast(), len) };
         let taken = vec![0; count.div_ceil(64)];
         let pages = Mutex::new(Pages { taken, count, free: count, low_hint: 0 });
-        Self { inner: Arc::new(Inner { base, len, pages }) }
+        Self { inner: Arc::new(Inner { base, len, mapped: (mapped, mapped_len), pages }) }
     }
 
     /// A buffer of `blocks` times 4,096 bytes, or none while the arena is exhausted.
@@ -100,7 +114,7 @@ impl Arena {
 impl Drop for Inner {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `new`; every `Buf` holds an `Arc` of this, so none is left.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+        let _ = unsafe { munmap(self.mapped.0.as_ptr().cast(), self.mapped.1) };
     }
 }
 

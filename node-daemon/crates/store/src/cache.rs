@@ -5,12 +5,13 @@
 //! have a leaf for longer pins it (`leaf`); this forgets whatever it likes, except that the newest
 //! one stays.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tercet_proto::disk::{CHUNK_BLOCKS, LeafBlock};
 
+use crate::hash::NumberMap;
 use crate::leaf::LeafNo;
 
 /// The blocks of one chunk.
@@ -29,14 +30,14 @@ struct Kept {
 #[derive(Debug)]
 pub(crate) struct Cache {
     leaves_max: usize,
-    kept: HashMap<LeafNo, Kept>,
+    kept: NumberMap<LeafNo, Kept>,
     order: VecDeque<LeafNo>,
 }
 
 impl Cache {
     pub(crate) fn new(bytes_max: usize) -> Self {
         let leaves_max = (bytes_max / LEAF_BYTES).max(1);
-        Self { leaves_max, kept: HashMap::new(), order: VecDeque::new() }
+        Self { leaves_max, kept: NumberMap::default(), order: VecDeque::new() }
     }
 
     pub(crate) fn get(&self, no: LeafNo) -> Option<&LeafData> {

@@ -7,7 +7,7 @@ use tercet_proto::storage::{Incomplete, SnapshotState, StorageError};
 use tercet_proto::{BLOCK_BYTES, Entry, EntryKind, Lsn, Token, VolumeId};
 
 use crate::alloc::Alloc;
-use crate::log::{Effect, IO_BLOCKS_MAX, RING_MARGIN_BLOCKS};
+use crate::log::{Effect, IO_BLOCKS_MAX, RING_MARGIN_BLOCKS, RUN_BLOCKS_MIN};
 use crate::map::Space;
 use crate::replica::{LogEntry, Payload, QUEUED, Replica, Snapshot, touched_leaves};
 use crate::store::{
@@ -110,40 +110,39 @@ impl Store {
         assert!(blocks <= ENTRY_BLOCKS_MAX, "an entry has at most {ENTRY_BLOCKS_MAX} blocks");
         let crcs: Vec<u32> = entry.payload.chunks(BLOCK_BYTES).map(crc32c).collect();
         let small = blocks < EXTENT_BLOCKS_MIN;
-        let offset = self.log.next_offset(if small { blocks } else { 0 }, 256 + crcs.len() * 12);
-        let mut payload = Payload::None;
+        self.log.make_room(if small { blocks } else { 0 }, 256 + crcs.len() * 12);
         let location = if blocks == 0 {
             Location::None
         } else if small {
             self.alloc.reserved += u64::from(blocks);
-            Location::Record(offset)
+            Location::Record(0) // settled when the record is sent
         } else {
-            let runs = self.alloc.take(blocks).expect("admitted");
+            let runs = self.alloc.take_long(blocks, RUN_BLOCKS_MIN);
+            let runs = runs.or_else(|| self.alloc.take(blocks)).expect("admitted");
             self.log.push_extents(&runs, &entry.payload);
-            payload = Payload::Extents(runs.clone());
             Location::Extents(runs)
         };
         let dropped = drop_after.map(|after| self.drop_behind(volume, after));
+        let drop_after = if self.forgets_drop() { None } else { drop_after };
+        let item =
+            Item::Entry { volume, number, drop_after, entry: EntryItem { header, location, crcs } };
+        self.log.push_entry(&item, (small && blocks > 0).then(|| entry.payload.clone()));
+        let Item::Entry { entry: EntryItem { location, crcs, .. }, .. } = item else {
+            unreachable!("made above");
+        };
+        let payload = match location {
+            Location::Extents(runs) => Payload::Extents(runs),
+            Location::None | Location::Record(_) => Payload::None,
+        };
+        let memory = (blocks > 0).then_some(entry.payload);
+        let crcs = crcs.into_boxed_slice();
         let replica = self.replicas.get_mut(&volume).expect("admitted");
         assert_eq!(header.prev(), replica.tail, "W2: directly after the tail");
-        let crcs_box = crcs.clone().into_boxed_slice();
-        let memory = (blocks > 0).then(|| entry.payload.clone());
-        replica.entries.push_back(LogEntry {
-            header,
-            payload,
-            crcs: crcs_box,
-            memory,
-            position: QUEUED,
-        });
+        replica.entries.push_back(LogEntry { header, payload, crcs, memory, position: QUEUED });
         replica.tail = header.place;
         replica.in_flight += 1;
         self.potential_leaves += touched_leaves(header.kind);
         self.log.entries += 1;
-        let written = if self.forgets_drop() { None } else { drop_after };
-        let item = EntryItem { header, location, crcs };
-        let item = Item::Entry { volume, number, drop_after: written, entry: item };
-        let effect = Effect::Entry { volume, number, place: header.place };
-        self.log.push(&item, (small && blocks > 0).then_some(entry.payload), Some(effect));
         if let Some(entries) = dropped {
             self.log.unsettled += 1;
             self.log.push_effect(Effect::Dropped { entries });
@@ -161,60 +160,39 @@ impl Store {
         }
     }
 
-    pub(crate) fn apply_next(&mut self, volume: VolumeId) {
-        let mut replica = self.replicas.remove(&volume).expect("looked at before");
-        let lsn = replica.applied.lsn.next();
-        let entry = replica.entry(lsn).expect("entries behind `applied` are retained").clone();
-        self.apply_entry(&mut replica, &entry);
-        self.replicas.insert(volume, replica);
-        self.fill_clones(volume, entry.header.kind);
+    /// Applies what is retained behind `applied`, up to `last`, in order.
+    pub(crate) fn apply_up_to(&mut self, volume: VolumeId, last: Lsn) {
+        self.changed = true;
+        loop {
+            let replica = self.replicas.get_mut(&volume).expect("looked at before");
+            if replica.applied.lsn >= last {
+                return;
+            }
+            let from = (replica.applied.lsn.next().0 - replica.log_start().0) as usize;
+            // Lent to the loop: what is applied changes the replica and not its entries.
+            let entries = std::mem::take(&mut replica.entries);
+            assert!(from < entries.len(), "entries behind `applied` are retained");
+            let mut space = Space { alloc: &mut self.alloc, leaves: &mut self.leaves };
+            let mut kind = EntryKind::Noop;
+            for entry in entries.range(from..) {
+                apply_entry(replica, entry, &mut space);
+                self.potential_leaves -= touched_leaves(entry.header.kind);
+                kind = entry.header.kind;
+                if replica.applied.lsn == last || matches!(kind, EntryKind::Snapshot { .. }) {
+                    break;
+                }
+            }
+            replica.entries = entries;
+            self.fill_clones(volume, kind);
+        }
     }
 
-    /// The one place where an entry changes a volume (rule W5).
-    pub(crate) fn apply_entry(&mut self, replica: &mut Replica, entry: &LogEntry) {
-        let stamp = entry.header.place;
-        assert_eq!(entry.header.prev(), replica.applied, "W5: in order");
-        let mut space = Space { alloc: &mut self.alloc, leaves: &mut self.leaves };
-        match entry.header.kind {
-            EntryKind::Noop => {}
-            EntryKind::Write { range, .. } => {
-                assert!(range.end() <= replica.size_blocks, "a write within the volume");
-                let runs = match &entry.payload {
-                    Payload::None => panic!("a durable write has a place"),
-                    Payload::Extents(runs) => {
-                        space.alloc.hold_runs(runs);
-                        runs.clone()
-                    }
-                    Payload::Ring(ring) => take_reserved(space.alloc, range.count, *ring),
-                };
-                let devices = runs.iter().flat_map(|run| run.0..run.0 + run.1);
-                replica.head.write(range.start, devices, &entry.crcs, stamp, &mut space);
-            }
-            EntryKind::Zero { range, .. } => {
-                assert!(range.end() <= replica.size_blocks, "zeroes within the volume");
-                replica.head.zero(range, stamp, &mut space);
-            }
-            EntryKind::Grow { size_blocks } => {
-                replica.size_blocks = replica.size_blocks.max(size_blocks);
-                replica.head.grow(replica.size_blocks);
-            }
-            EntryKind::Snapshot { id } => {
-                if replica.snapshots.iter().all(|snapshot| snapshot.state.id != id) {
-                    let size_blocks = replica.size_blocks;
-                    let state = SnapshotState { id, place: stamp, size_blocks };
-                    replica.snapshots.push(Snapshot { state, map: replica.head.clone() });
-                }
-            }
-            EntryKind::SnapshotDelete { id } => {
-                let found = replica.snapshots.iter().position(|snap| snap.state.id == id);
-                if let Some(index) = found {
-                    replica.snapshots.remove(index).map.release(&mut space);
-                }
-            }
-        }
-        replica.applied = stamp;
-        self.potential_leaves -= touched_leaves(entry.header.kind);
+    /// As `apply_up_to`, of one entry of a replica that is not in its place.
+    pub(crate) fn apply_to(&mut self, replica: &mut Replica, entry: &LogEntry) {
         self.changed = true;
+        let mut space = Space { alloc: &mut self.alloc, leaves: &mut self.leaves };
+        apply_entry(replica, entry, &mut space);
+        self.potential_leaves -= touched_leaves(entry.header.kind);
     }
 
     /// A change of a replica is durable.
@@ -301,8 +279,8 @@ impl Store {
 
     /// A metadata change of a replica goes into the log.
     pub(crate) fn push_change(&mut self, item: &Item, effect: Effect) {
-        self.log.next_offset(0, 8192);
-        self.log.push(item, None, Some(effect));
+        self.log.make_room(0, 8192);
+        self.log.push(item, Some(effect));
     }
 
     pub(crate) fn push_incomplete(
@@ -337,6 +315,54 @@ impl Store {
     pub(crate) fn skips_flush(&self) -> bool {
         self.options.canary == Some(crate::options::Canary::SkipFlush)
     }
+}
+
+/// The one place where an entry changes a volume (rule W5).
+fn apply_entry(replica: &mut Replica, entry: &LogEntry, space: &mut Space<'_>) {
+    let stamp = entry.header.place;
+    assert_eq!(entry.header.prev(), replica.applied, "W5: in order");
+    match entry.header.kind {
+        EntryKind::Noop => {}
+        EntryKind::Write { range, .. } => {
+            assert!(range.end() <= replica.size_blocks, "a write within the volume");
+            let taken;
+            let runs = match &entry.payload {
+                Payload::None => panic!("a durable write has a place"),
+                Payload::Extents(runs) => {
+                    space.alloc.hold_runs(runs);
+                    runs
+                }
+                Payload::Ring(ring) => {
+                    taken = take_reserved(space.alloc, range.count, *ring);
+                    &taken
+                }
+            };
+            let devices = runs.iter().flat_map(|run| run.0..run.0 + run.1);
+            replica.head.write(range.start, devices, &entry.crcs, stamp, space);
+        }
+        EntryKind::Zero { range, .. } => {
+            assert!(range.end() <= replica.size_blocks, "zeroes within the volume");
+            replica.head.zero(range, stamp, space);
+        }
+        EntryKind::Grow { size_blocks } => {
+            replica.size_blocks = replica.size_blocks.max(size_blocks);
+            replica.head.grow(replica.size_blocks);
+        }
+        EntryKind::Snapshot { id } => {
+            if replica.snapshots.iter().all(|snapshot| snapshot.state.id != id) {
+                let size_blocks = replica.size_blocks;
+                let state = SnapshotState { id, place: stamp, size_blocks };
+                replica.snapshots.push(Snapshot { state, map: replica.head.clone() });
+            }
+        }
+        EntryKind::SnapshotDelete { id } => {
+            let found = replica.snapshots.iter().position(|snap| snap.state.id == id);
+            if let Some(index) = found {
+                replica.snapshots.remove(index).map.release(space);
+            }
+        }
+    }
+    replica.applied = stamp;
 }
 
 /// Blocks of the reserve for a payload that is in the ring, to be copied there later.

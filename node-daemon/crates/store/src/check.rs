@@ -51,7 +51,6 @@ impl Store {
         for run in root.chain(new_root).chain(extents) {
             (run.0..run.0 + run.1).for_each(&mut hold);
         }
-        self.read_holds().for_each(&mut hold);
         self.writing.values().flat_map(Writing::blocks).for_each(&mut hold);
         self.mending.values().map(|mending| mending.fresh).for_each(&mut hold);
         wrong.extend(self.alloc.compare(&fresh));

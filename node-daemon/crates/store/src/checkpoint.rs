@@ -110,7 +110,7 @@ impl Store {
     fn checkpoint_due(&self) -> bool {
         let reserve = u64::from(self.superblock.data.1) / 32;
         self.checkpoint_wanted
-            || self.log.used() > u64::from(self.log.ring.1) / 2
+            || self.log.used() > self.log.due_blocks()
             || self.log.entries > ENTRIES_MAX
             || self.leaves.dirty() * 8 > reserve / 2
             || self.leaves.patched > PATCHED_BLOCKS_MAX
@@ -326,7 +326,7 @@ impl Store {
         }
         for (block, data) in bufs {
             let offset = u64::from(block) * BLOCK_BYTES as u64;
-            let op = DiskOp::Write { offset, data, fua: false };
+            let op = DiskOp::Write { offset, data: data.into(), fua: false };
             self.submit(OpKind::CopyWrite { unit: id }, op);
         }
     }
@@ -356,7 +356,7 @@ impl Store {
             let kind = leaf.map_or(OpKind::Checkpoint, |no| OpKind::LeafWrite { no });
             now.writes.pop_front();
             now.writes_in_flight += 1;
-            self.submit(kind, DiskOp::Write { offset, data, fua: false });
+            self.submit(kind, DiskOp::Write { offset, data: data.into(), fua: false });
         }
     }
 
@@ -373,7 +373,10 @@ impl Store {
                     now.phase = Phase::Slot;
                     now.writes_in_flight = 1;
                     let offset = u64::from(SLOT_BLOCKS[index]) * BLOCK_BYTES as u64;
-                    self.submit(OpKind::Checkpoint, DiskOp::Write { offset, data, fua: true });
+                    self.submit(
+                        OpKind::Checkpoint,
+                        DiskOp::Write { offset, data: data.into(), fua: true },
+                    );
                 } else {
                     // No buffer now: the step behind the flush is taken again.
                     now.phase = Phase::Root;

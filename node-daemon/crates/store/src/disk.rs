@@ -5,6 +5,10 @@
 //! `Flush` that was submitted after its completion has completed. Offsets and lengths are multiples
 //! of 4,096 bytes. What is kept where is left to the rest of this crate.
 
+use std::ops::Deref;
+
+use bytes::Bytes;
+use tercet_proto::BLOCK_BYTES;
 use thiserror::Error;
 
 use crate::arena::Buf;
@@ -12,6 +16,50 @@ use crate::arena::Buf;
 /// Names one operation until its completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DiskToken(pub u64);
+
+/// What a write takes to the device: whole blocks, at a page's start in memory.
+#[derive(Debug)]
+pub enum Data {
+    /// A buffer of the arena; it comes back with the completion.
+    Own(Buf),
+    /// Bytes that others may read meanwhile, from where they are; nobody can change them.
+    Shared(Bytes),
+}
+
+impl Data {
+    /// The bytes without a copy, if they lie so that a device takes them.
+    pub fn shared(bytes: &Bytes) -> Option<Self> {
+        let fits = bytes.as_ptr().addr().is_multiple_of(BLOCK_BYTES)
+            && bytes.len().is_multiple_of(BLOCK_BYTES)
+            && !bytes.is_empty();
+        fits.then(|| Self::Shared(bytes.clone()))
+    }
+
+    /// The buffer, if it is one.
+    pub fn into_buf(self) -> Option<Buf> {
+        match self {
+            Self::Own(buf) => Some(buf),
+            Self::Shared(_) => None,
+        }
+    }
+}
+
+impl From<Buf> for Data {
+    fn from(buf: Buf) -> Self {
+        Self::Own(buf)
+    }
+}
+
+impl Deref for Data {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Own(buf) => buf,
+            Self::Shared(bytes) => bytes,
+        }
+    }
+}
 
 /// An operation on a device.
 #[derive(Debug)]
@@ -28,7 +76,7 @@ pub enum DiskOp {
         /// Bytes from the start of the device.
         offset: u64,
         /// What to write; its whole length.
-        data: Buf,
+        data: Data,
         /// Durable on completion.
         fua: bool,
     },
@@ -56,7 +104,7 @@ pub enum DiskOp {
 pub struct DiskDone {
     /// The operation.
     pub token: DiskToken,
-    /// The buffer of a read or write.
+    /// The buffer of a read, or of a write that had one.
     pub buf: Option<Buf>,
     /// How it went.
     pub result: Result<(), DiskError>,

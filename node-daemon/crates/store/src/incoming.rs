@@ -122,7 +122,10 @@ impl Store {
         self.potential_leaves += leaves;
         for (block, data) in bufs {
             let offset = u64::from(block) * BLOCK_BYTES as u64;
-            self.submit(OpKind::Piece { id }, DiskOp::Write { offset, data, fua: false });
+            self.submit(
+                OpKind::Piece { id },
+                DiskOp::Write { offset, data: data.into(), fua: false },
+            );
         }
         if writes.is_empty() {
             self.pieces_written(id);

@@ -68,7 +68,7 @@ impl<'a> Io<'a> {
         let mut data = self.buf((bytes.len() / BLOCK_BYTES) as u32)?;
         data.copy_from_slice(bytes);
         let offset = u64::from(block) * BLOCK_BYTES as u64;
-        self.submit(DiskOp::Write { offset, data, fua });
+        self.submit(DiskOp::Write { offset, data: data.into(), fua });
         self.collect(1)?;
         Ok(())
     }

@@ -10,13 +10,14 @@
 //! A leaf that nobody names any more is *dead*: which blocks it held is known only when it has been
 //! read again, so it waits in a queue for that (`load`).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use tercet_proto::Place;
 use tercet_proto::disk::{CHUNK_BLOCKS, LeafBlock, Run};
 
 use crate::alloc::Alloc;
 use crate::cache::{Cache, LeafData};
+use crate::hash::NumberMap;
 
 /// Dirty leaves over each other at most; then a new one takes all their patches.
 const DEPTH_MAX: u8 = 4;
@@ -118,8 +119,8 @@ pub(crate) struct Leaves {
     pub(crate) next_id: u64,
     rows: Vec<Box<[Row]>>,
     free: Vec<LeafNo>,
-    dirty: HashMap<LeafNo, Dirty>,
-    scattered: HashMap<LeafNo, Vec<Run>>,
+    dirty: NumberMap<LeafNo, Dirty>,
+    scattered: NumberMap<LeafNo, Vec<Run>>,
     /// Blocks in patches.
     pub(crate) patched: u64,
     pub(crate) live: u64,
@@ -129,7 +130,7 @@ pub(crate) struct Leaves {
     pub(crate) dead_blocks: u64,
     pub(crate) cache: Cache,
     /// Leaves that must be at hand, and for how many: not written yet, or about to be merged.
-    pinned: HashMap<LeafNo, (LeafData, u32)>,
+    pinned: NumberMap<LeafNo, (LeafData, u32)>,
     #[cfg(feature = "canary")]
     pub(crate) canary: Option<crate::options::Canary>,
 }
@@ -140,14 +141,14 @@ impl Leaves {
             next_id: 1,
             rows: Vec::new(),
             free: Vec::new(),
-            dirty: HashMap::new(),
-            scattered: HashMap::new(),
+            dirty: NumberMap::default(),
+            scattered: NumberMap::default(),
             patched: 0,
             live: 0,
             dead: VecDeque::new(),
             dead_blocks: 0,
             cache: Cache::new(cache_bytes_max),
-            pinned: HashMap::new(),
+            pinned: NumberMap::default(),
             #[cfg(feature = "canary")]
             canary: None,
         }

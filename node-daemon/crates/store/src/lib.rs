@@ -15,6 +15,7 @@ pub mod simdisk;
 pub mod store;
 
 mod alloc;
+mod batch;
 mod cache;
 mod changes;
 mod check;
@@ -22,6 +23,7 @@ mod checkpoint;
 mod chunks;
 mod clone;
 mod format;
+mod hash;
 mod incoming;
 mod io;
 mod layout;

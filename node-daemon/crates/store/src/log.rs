@@ -8,13 +8,15 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
-use tercet_proto::disk::{Item, NAMES_MAX, Name, Put, RecordHeader, Run};
+use tercet_proto::disk::{Item, NAMES_MAX, Name, RecordHeader, Run};
 use tercet_proto::storage::Incomplete;
 use tercet_proto::{BLOCK_BYTES, Place, Promise, Token, VolumeId};
 
-use crate::disk::DiskOp;
+use crate::arena::Buf;
+use crate::batch::{Batch, Small};
+use crate::disk::{Data, DiskOp};
 use crate::map::Map;
-use crate::replica::{LogEntry, QUEUED, Replica};
+use crate::replica::{LogEntry, Payload, QUEUED, Replica};
 use crate::store::{OpKind, Store};
 
 /// Payload of one record.
@@ -31,6 +33,14 @@ pub(crate) const IO_BLOCKS_MAX: u32 = 128;
 /// Blocks of extents after which a batch is closed: two writes of 128 KiB, so that what comes in
 /// together goes out as several records, and one is on its way while the next is copied.
 const BATCH_EXTENT_BLOCKS: u64 = 64;
+/// Entries after which a batch may be closed though more have come: where many come in together they
+/// go out as two records, so that the device has one while the other is made.
+const SHARE_ENTRIES_MIN: u32 = 8;
+/// Blocks of small payloads in a record from which on they go to the data area at once, if they find
+/// room there in runs that are long enough.
+const PLACED_BLOCKS_MIN: u32 = 8;
+/// Blocks of a run of the data area that is worth a write of its own.
+pub(crate) const RUN_BLOCKS_MIN: u32 = 4;
 /// So many extents of a record have FUA each; with more of them one flush behind all is cheaper. A
 /// flush is a second way to the device and back, and in `io_uring` a thread of its own.
 const FUA_EXTENTS_MAX: usize = 8;
@@ -81,38 +91,25 @@ pub(crate) enum Effect {
     },
 }
 
-/// A small payload's owner, so that the entry learns where it went.
-#[derive(Clone, Copy, Debug)]
-struct Slice {
-    volume: VolumeId,
-    number: u64,
-    place: Place,
-    offset: u32,
-}
-
-/// Changes that become one record.
+/// How many entries are under way at busy times: the most of the last records, a hundred or so.
 #[derive(Debug, Default)]
-pub(crate) struct Batch {
-    items: Put,
-    count: u32,
-    payload: Vec<Bytes>,
-    payload_blocks: u32,
-    slices: Vec<Slice>,
-    extents: Vec<(Run, Bytes)>,
-    extent_blocks: u64,
-    names: BTreeMap<VolumeId, Place>,
-    effects: Vec<Effect>,
-    entries: u32,
+struct Busy {
+    most: u32,
+    most_before: u32,
+    seen: u32,
 }
 
-impl Batch {
-    fn is_empty(&self) -> bool {
-        self.count == 0
+impl Busy {
+    fn saw(&mut self, entries: u32) {
+        self.seen = self.seen.wrapping_add(1);
+        if self.seen.is_multiple_of(64) {
+            self.most_before = std::mem::take(&mut self.most);
+        }
+        self.most = self.most.max(entries);
     }
 
-    fn blocks_max(&self) -> u64 {
-        u64::from(RecordHeader::header_blocks(NAMES_MAX, self.items.0.len()))
-            + u64::from(self.payload_blocks)
+    fn entries(&self) -> u32 {
+        self.most.max(self.most_before)
     }
 }
 
@@ -125,6 +122,7 @@ pub(crate) struct Flight {
     writes_left: usize,
     flush: bool,
     done: bool,
+    entries: u32,
     effects: Vec<Effect>,
 }
 
@@ -159,6 +157,9 @@ pub(crate) struct Log {
     /// Blocks and bytes of memory of batches that are not on their way yet.
     pub(crate) queued_blocks: u64,
     pub(crate) queued_extent_blocks: u64,
+    /// Entries that are appended and not durable.
+    waiting_entries: u32,
+    busy: Busy,
     next_flight: u64,
     /// The mark in the newest record.
     pub(crate) mark_written: u64,
@@ -186,6 +187,8 @@ impl Log {
             entries: 0,
             queued_blocks: 0,
             queued_extent_blocks: 0,
+            waiting_entries: 0,
+            busy: Busy::default(),
             next_flight: 0,
             mark_written: head,
             record_wanted: false,
@@ -225,6 +228,13 @@ impl Log {
         self.head - self.start
     }
 
+    /// Blocks in use that bring about a checkpoint: late, so that it finds much that it has not to
+    /// write twice; early enough for what is appended while it is made.
+    pub(crate) fn due_blocks(&self) -> u64 {
+        let ring = u64::from(self.ring.1);
+        (ring / 8 * 5).min(ring.saturating_sub(3 * RING_MARGIN_BLOCKS)).max(ring / 2)
+    }
+
     /// Whether an append of so many blocks may queue.
     pub(crate) fn has_room(&self, blocks: u64) -> bool {
         let used = self.head - self.floor() + self.queued_blocks;
@@ -235,62 +245,48 @@ impl Log {
         self.flying.is_empty() && self.queue.is_empty() && self.collecting.is_empty()
     }
 
-    /// Adds a change, with the payload of a small write.
-    pub(crate) fn push(&mut self, item: &Item, payload: Option<Bytes>, effect: Option<Effect>) {
-        let at = self.collecting.items.0.len();
-        item.encode(&mut self.collecting.items);
-        self.collecting.count += 1;
-        let name = self.collecting.names.entry(item.volume()).or_insert(Place::EMPTY);
-        if let Item::Entry { volume, number, entry, .. } = item {
-            *name = entry.header.place;
-            self.collecting.entries += 1;
-            if let Some(payload) = payload {
-                self.collecting.slices.push(Slice {
-                    volume: *volume,
-                    number: *number,
-                    place: entry.header.place,
-                    offset: self.collecting.payload_blocks,
-                });
-                self.collecting.payload_blocks += (payload.len() / BLOCK_BYTES) as u32;
-                self.queued_blocks += (payload.len() / BLOCK_BYTES) as u64;
-                self.collecting.payload.push(payload);
-            }
+    /// Adds a change.
+    pub(crate) fn push(&mut self, item: &Item, effect: Option<Effect>) {
+        let before = self.collecting_blocks();
+        self.collecting.push(item, effect);
+        self.queued_blocks += self.collecting_blocks() - before;
+    }
+
+    /// Adds an entry, with its payload where that is a small one.
+    pub(crate) fn push_entry(&mut self, item: &Item, payload: Option<Bytes>) {
+        let Item::Entry { volume, number, entry, .. } = item else { panic!("an entry") };
+        let (volume, number, place) = (*volume, *number, entry.header.place);
+        let before = self.collecting_blocks();
+        self.collecting.push(item, Some(Effect::Entry { volume, number, place }));
+        if let Some(payload) = payload {
+            self.collecting.push_small((volume, number, place), payload);
         }
-        if at / BLOCK_BYTES != self.collecting.items.0.len() / BLOCK_BYTES || at == 0 {
-            self.queued_blocks += 1 + (self.collecting.items.0.len() - at) as u64 / 4096;
-        }
-        self.collecting.effects.extend(effect);
+        self.queued_blocks += self.collecting_blocks() - before;
+        self.waiting_entries += 1;
+    }
+
+    fn collecting_blocks(&self) -> u64 {
+        if self.collecting.is_empty() { 0 } else { self.collecting.blocks_max() }
     }
 
     /// Adds what a large entry writes to the data area.
     pub(crate) fn push_extents(&mut self, runs: &[Run], payload: &Bytes) {
-        let mut from = 0;
-        for run in runs {
-            let mut done = 0;
-            while done < run.1 {
-                let count = (run.1 - done).min(IO_BLOCKS_MAX);
-                let bytes = count as usize * BLOCK_BYTES;
-                let piece = payload.slice(from..from + bytes);
-                self.collecting.extents.push(((run.0 + done, count), piece));
-                from += bytes;
-                done += count;
-            }
-            self.collecting.extent_blocks += u64::from(run.1);
-            self.queued_extent_blocks += u64::from(run.1);
-        }
+        let before = self.collecting.extent_blocks;
+        self.collecting.push_extents(runs, payload);
+        self.queued_extent_blocks += self.collecting.extent_blocks - before;
     }
 
-    /// The offset that the next small payload gets, after closing a batch that cannot take it.
-    pub(crate) fn next_offset(&mut self, payload_blocks: u32, item_bytes: usize) -> u32 {
+    /// Closes a batch that cannot take so much more, or has its share of what comes in together.
+    pub(crate) fn make_room(&mut self, payload_blocks: u32, item_bytes: usize) {
         let batch = &self.collecting;
         if !batch.is_empty()
             && (batch.payload_blocks + payload_blocks > RECORD_PAYLOAD_BLOCKS_MAX
-                || batch.items.0.len() + item_bytes > ITEM_BYTES_MAX
-                || batch.extent_blocks >= BATCH_EXTENT_BLOCKS)
+                || batch.item_bytes_max() + item_bytes > ITEM_BYTES_MAX
+                || batch.extent_blocks >= BATCH_EXTENT_BLOCKS
+                || batch.entries >= self.busy.entries().div_ceil(2).max(SHARE_ENTRIES_MIN))
         {
             self.close();
         }
-        self.collecting.payload_blocks
     }
 
     fn effects(&self) -> impl Iterator<Item = &Effect> {
@@ -329,10 +325,8 @@ impl Log {
 
     /// The exact need of the queued batches, now that they will not change.
     fn recount(&mut self) {
-        self.queued_blocks = self.queue.iter().map(Batch::blocks_max).sum::<u64>();
-        if !self.collecting.is_empty() {
-            self.queued_blocks += self.collecting.blocks_max();
-        }
+        let queued = self.queue.iter().map(Batch::blocks_max).sum::<u64>();
+        self.queued_blocks = queued + self.collecting_blocks();
     }
 }
 
@@ -346,6 +340,7 @@ impl Store {
                 }
                 self.log.close();
             }
+            self.log.busy.saw(self.log.waiting_entries);
             let batch = self.log.queue.pop_front().expect("one was put there");
             if let Err(batch) = self.send(batch) {
                 self.log.queue.push_front(*batch);
@@ -355,26 +350,20 @@ impl Store {
         }
     }
 
-    fn send(&mut self, batch: Batch) -> Result<(), Box<Batch>> {
+    fn send(&mut self, mut batch: Batch) -> Result<(), Box<Batch>> {
+        self.place_smalls(&mut batch);
+        let items = batch.items();
         let names = self.log.names.as_ref().map_or(0, Vec::len);
-        let header_blocks = RecordHeader::header_blocks(names, batch.items.0.len());
+        let header_blocks = RecordHeader::header_blocks(names, items.0.len());
         let blocks = header_blocks + batch.payload_blocks;
         let position = self.log.place_record(self.log.head, blocks);
         let end = position + u64::from(blocks);
         if end - self.log.floor() > u64::from(self.log.ring.1) {
             return Err(Box::new(batch));
         }
-        let arena = &self.options.arena;
-        let Some(mut record) = arena.take(blocks as usize) else {
+        let Some((mut record, extents)) = self.buffers(blocks, &batch) else {
             return Err(Box::new(batch));
         };
-        let mut bufs = Vec::with_capacity(batch.extents.len());
-        for (run, _) in &batch.extents {
-            let Some(buf) = arena.take(run.1 as usize) else {
-                return Err(Box::new(batch));
-            };
-            bufs.push(buf);
-        }
         let header = RecordHeader {
             store: self.superblock.store,
             instance: self.superblock.instance,
@@ -386,16 +375,15 @@ impl Store {
             header_blocks,
             payload_blocks: batch.payload_blocks,
             items: batch.count,
-            names: self.log.names.clone(),
+            names: self.log.names.take(),
         };
         let (area, payload) = record.split_at_mut(header_blocks as usize * BLOCK_BYTES);
-        let crc = header.encode(&batch.items.0, area);
-        let mut at = 0;
-        for piece in &batch.payload {
-            payload[at..at + piece.len()].copy_from_slice(piece);
-            at += piece.len();
+        let crc = header.encode(&items.0, area);
+        for small in batch.smalls.iter().filter(|small| small.runs.is_empty()) {
+            let at = small.offset as usize * BLOCK_BYTES;
+            payload[at..at + small.payload.len()].copy_from_slice(&small.payload);
         }
-        self.settle_slices(&batch, position, header_blocks);
+        self.settle_positions(&batch, position, header_blocks);
         self.log.records.push_back(RecordInfo {
             position,
             crc,
@@ -406,22 +394,23 @@ impl Store {
         let id = self.log.next_flight;
         self.log.next_flight += 1;
         self.log.queued_extent_blocks -= batch.extent_blocks;
-        let flush = batch.extents.len() > FUA_EXTENTS_MAX;
+        let flush = extents.len() > FUA_EXTENTS_MAX;
         let fua = !flush && !self.skips_flush();
-        for ((run, bytes), mut buf) in batch.extents.iter().zip(bufs) {
-            buf.copy_from_slice(bytes);
-            let offset = u64::from(run.0) * BLOCK_BYTES as u64;
-            self.submit(OpKind::Record(id), DiskOp::Write { offset, data: buf, fua });
+        let writes_left = extents.len() + 1;
+        for (block, data) in extents {
+            let offset = u64::from(block) * BLOCK_BYTES as u64;
+            self.submit(OpKind::Record(id), DiskOp::Write { offset, data, fua });
         }
         let offset = u64::from(self.log.block(position)) * BLOCK_BYTES as u64;
-        self.submit(OpKind::Record(id), DiskOp::Write { offset, data: record, fua });
+        self.submit(OpKind::Record(id), DiskOp::Write { offset, data: record.into(), fua });
         self.log.flying.push_back(Flight {
             id,
             end,
             checkpoint: self.checkpoint_durable,
-            writes_left: batch.extents.len() + 1,
+            writes_left,
             flush: flush && !self.skips_flush(),
             done: false,
+            entries: batch.entries,
             effects: batch.effects,
         });
         self.log.head = end;
@@ -432,8 +421,60 @@ impl Store {
         Ok(())
     }
 
-    /// Tells the entries of a batch where their payload is.
-    fn settle_slices(&mut self, batch: &Batch, position: u64, header_blocks: u32) {
+    /// Small payloads that are many go to blocks of their own in the data area at once, where those
+    /// are free in a few runs. What was dropped meanwhile stays in the record.
+    fn place_smalls(&mut self, batch: &mut Batch) {
+        if batch.payload_blocks < PLACED_BLOCKS_MIN {
+            return;
+        }
+        let (mut indices, mut blocks) = (Vec::with_capacity(batch.smalls.len()), 0);
+        for (index, small) in batch.smalls.iter().enumerate() {
+            let Small { volume, number, place, .. } = *small;
+            if small.runs.is_empty() && self.current_entry(volume, number, place).is_some() {
+                indices.push(index);
+                blocks += small.blocks();
+            }
+        }
+        if blocks < PLACED_BLOCKS_MIN {
+            return;
+        }
+        let Some(runs) = self.alloc.take_long(blocks, RUN_BLOCKS_MIN) else { return };
+        self.alloc.reserved -= u64::from(blocks);
+        self.log.queued_extent_blocks += u64::from(blocks);
+        batch.place_smalls(&indices, &runs);
+        for index in indices {
+            let Small { volume, number, place, .. } = batch.smalls[index];
+            let entry = self.current_entry(volume, number, place).expect("looked at");
+            entry.payload = Payload::Extents(batch.smalls[index].runs.clone());
+        }
+    }
+
+    /// A buffer for a record of so many blocks, and what goes to each extent: the payload from where
+    /// it is if a device takes it from there, else a copy. None: there are no buffers now.
+    fn buffers(&self, blocks: u32, batch: &Batch) -> Option<(Buf, Vec<(u32, Data)>)> {
+        let arena = &self.options.arena;
+        let record = arena.take(blocks as usize)?;
+        let mut extents = Vec::with_capacity(batch.extents.len());
+        for ((first, count), pieces) in &batch.extents {
+            if let [piece] = &pieces[..]
+                && let Some(data) = Data::shared(piece)
+            {
+                extents.push((*first, data));
+                continue;
+            }
+            let mut buf = arena.take(*count as usize)?;
+            let mut at = 0;
+            for piece in pieces {
+                buf[at..at + piece.len()].copy_from_slice(piece);
+                at += piece.len();
+            }
+            extents.push((*first, Data::Own(buf)));
+        }
+        Some((record, extents))
+    }
+
+    /// Tells the entries of a batch where their record and their payload is.
+    fn settle_positions(&mut self, batch: &Batch, position: u64, header_blocks: u32) {
         for effect in &batch.effects {
             let Effect::Entry { volume, number, place } = effect else {
                 continue;
@@ -442,11 +483,11 @@ impl Store {
                 entry.position = position;
             }
         }
-        for slice in &batch.slices {
-            let at = position + u64::from(header_blocks) + u64::from(slice.offset);
+        for small in batch.smalls.iter().filter(|small| small.runs.is_empty()) {
+            let at = position + u64::from(header_blocks) + u64::from(small.offset);
             let block = self.log.block(at);
-            if let Some(entry) = self.current_entry(slice.volume, slice.number, slice.place) {
-                entry.payload = crate::replica::Payload::Ring(block);
+            if let Some(entry) = self.current_entry(small.volume, small.number, small.place) {
+                entry.payload = Payload::Ring(block);
             }
         }
     }
@@ -485,6 +526,7 @@ impl Store {
     }
 
     fn take_effect(&mut self, flight: Flight) {
+        self.log.waiting_entries -= flight.entries;
         let mut durable: Vec<VolumeId> = Vec::new();
         for effect in flight.effects {
             match effect {

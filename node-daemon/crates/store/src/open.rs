@@ -80,6 +80,7 @@ pub(crate) fn load(
     store.log_before_start = (slot.previous, slot.previous_crc);
     store.log.previous = store.log_before_start;
     let report = Replay::new(&mut store, slot.frozen, pending).run(scan);
+    store.alloc.seek_longest();
     Ok((store, report))
 }
 

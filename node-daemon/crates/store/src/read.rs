@@ -1,7 +1,7 @@
 //! Reading: of applied state, of retained entries, of whole chunks for their checksums.
 //!
 //! A read is a job of parts: zeroes, bytes in memory, or a range of the device. Until a part's bytes
-//! are there its blocks are held (or, in the ring, its position is pinned), so that they cannot be
+//! are there its blocks are kept (or, in the ring, its position is pinned), so that they cannot be
 //! given to anybody else meanwhile. Every block is compared with its checksum every time. A read that
 //! lacks a leaf is put off until it is there (`parked`).
 
@@ -61,15 +61,15 @@ pub(crate) struct DevicePart {
     crcs: Vec<u32>,
     /// The blocks of the data area that a map names; of the ring's payloads of entries: 0.
     devices: Vec<u32>,
-    /// The bytes are still in the ring: its position is pinned. Else the blocks are held.
+    /// The bytes are still in the ring: its position is pinned. Else the blocks are kept.
     in_ring: bool,
     /// Positions of the ring that are pinned meanwhile.
     pinned: Option<u64>,
 }
 
 impl DevicePart {
-    /// Blocks of the data area that are held meanwhile.
-    fn held(&self) -> &[u32] {
+    /// Blocks of the data area that nobody may get meanwhile.
+    fn read_blocks(&self) -> &[u32] {
         if self.in_ring { &[] } else { &self.devices }
     }
 }
@@ -223,8 +223,8 @@ impl Store {
         let mut left = 0;
         for (index, part) in parts.iter_mut().enumerate() {
             let Part::Device(part) = part else { continue };
-            for block in part.held() {
-                self.alloc.hold(*block);
+            for block in part.read_blocks() {
+                self.alloc.begin_read(*block);
             }
             if part.in_ring {
                 let position = self.log.position_of(part.first);
@@ -253,8 +253,8 @@ impl Store {
         let check = !self.ignores_checksums();
         let job = self.jobs.get_mut(&id).expect("a read in progress");
         let Part::Device(part) = &mut job.parts[index] else { panic!("a part in progress") };
-        for block in part.held() {
-            self.alloc.release(*block);
+        for block in part.read_blocks() {
+            self.alloc.end_read(*block);
         }
         if let Some(position) = part.pinned {
             let pins = self.log.pins.get_mut(&position).expect("pinned when it was started");
@@ -388,15 +388,6 @@ impl Store {
         let mut space = Space { alloc: &mut self.alloc, leaves: &mut self.leaves };
         sums.map.release(&mut space);
         self.events.push(StorageEvent::Read { token: sums.token, result });
-    }
-
-    /// Holders that reads in progress add, for `check`.
-    pub(crate) fn read_holds(&self) -> impl Iterator<Item = u32> + '_ {
-        let parts = self.jobs.values().flat_map(|job| &job.parts);
-        parts.flat_map(|part| match part {
-            Part::Device(part) => part.held().to_vec(),
-            _ => Vec::new(),
-        })
     }
 
     /// Maps that reads in progress keep, for `check`.

@@ -134,7 +134,7 @@ impl Store {
         let mending = Mending { volume, block, bad: entry.device, fresh, crc, leaves, token };
         self.mending.insert(id, mending);
         let offset = u64::from(fresh) * BLOCK_BYTES as u64;
-        self.submit(OpKind::Mend { id }, DiskOp::Write { offset, data: buf, fua: false });
+        self.submit(OpKind::Mend { id }, DiskOp::Write { offset, data: buf.into(), fua: false });
         Ok(())
     }
 

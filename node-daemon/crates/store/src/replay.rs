@@ -360,7 +360,7 @@ impl<'a> Replay<'a> {
             };
             let entry = entry.clone();
             let mut replica = self.store.replicas.remove(&volume).expect("looked at");
-            self.store.apply_entry(&mut replica, &entry);
+            self.store.apply_to(&mut replica, &entry);
             self.store.replicas.insert(volume, replica);
         }
         let replica = self.store.replicas.get(&volume);

@@ -76,7 +76,8 @@ impl Scanner<'_, '_> {
             let left = ring - position % ring;
             let read = u64::from(WINDOW_BLOCKS.max(count)).min(left) as u32;
             let block = self.ring.0 + (position % ring) as u32;
-            let mut bytes = Vec::with_capacity(read as usize * BLOCK_BYTES);
+            let mut bytes = std::mem::take(&mut self.window.1); // its memory is used again
+            bytes.clear();
             let mut done = 0;
             while done < read {
                 let now = WINDOW_BLOCKS.min(read - done);

@@ -112,10 +112,10 @@ impl Storage for Store {
         if entries.is_empty()
             && let Some(after) = drop_after
         {
-            self.log.next_offset(0, 256);
+            self.log.make_room(0, 256);
             let number = self.replicas[&volume].number;
             let dropped = self.drop_behind(volume, after);
-            self.log.push(&Item::Drop { volume, number, after }, None, None);
+            self.log.push(&Item::Drop { volume, number, after }, None);
             self.log.unsettled += 1;
             self.log.push_effect(Effect::Dropped { entries: dropped });
             self.changed = true;
@@ -147,9 +147,8 @@ impl Storage for Store {
             return;
         };
         assert!(lsn <= replica.durable.lsn, "W5: only what is durable here is applied");
-        let count = lsn.0.saturating_sub(replica.applied.lsn.0);
-        for _ in 0..count {
-            self.apply_next(volume);
+        if replica.applied.lsn < lsn {
+            self.apply_up_to(volume, lsn);
         }
     }
 

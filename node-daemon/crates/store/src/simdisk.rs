@@ -173,7 +173,7 @@ impl SimDisk {
                 if ok {
                     self.store(offset, &data, fua);
                 }
-                Some(data)
+                data.into_buf()
             }
             DiskOp::Flush => {
                 if ok {

@@ -5,7 +5,7 @@
 //! answers with [`Store::on_disk`]. Opening is straight blocking code (`open`). What the device
 //! holds at any moment is a durable checkpoint and the log behind it (docs/disk-format.md).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tercet_proto::ViewId;
@@ -17,6 +17,7 @@ use crate::alloc::Alloc;
 use crate::checkpoint::Checkpoint;
 use crate::clone::Awaiting;
 use crate::disk::{DiskDone, DiskOp, DiskToken};
+use crate::hash::NumberMap;
 use crate::incoming::Writing;
 use crate::leaf::{LeafNo, Leaves};
 use crate::load::Loads;
@@ -104,7 +105,7 @@ pub struct Store {
     /// Repairs on their way to the device (C4).
     pub(crate) mending: BTreeMap<u64, Mending>,
     pub(crate) next_mending: u64,
-    ops: HashMap<u64, OpKind>,
+    ops: NumberMap<u64, OpKind>,
     next_op: u64,
     ops_out: Vec<(DiskToken, DiskOp)>,
     pub(crate) events: Vec<StorageEvent>,
@@ -171,7 +172,7 @@ impl Store {
             scrub: Scrub::default(),
             mending: BTreeMap::new(),
             next_mending: 0,
-            ops: HashMap::new(),
+            ops: NumberMap::default(),
             next_op: 0,
             ops_out: Vec::new(),
             events: Vec::new(),

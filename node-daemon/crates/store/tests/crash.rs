@@ -23,7 +23,7 @@ fn step(world: &mut World, number: u32) -> bool {
     let (a, b) = (volume_id(1), volume_id(2));
     match number {
         0 => world.create(a, 1500, None),
-        1 | 6 | 9 | 13 | 15 | 19 => world.settle(),
+        1 | 6 | 9 | 13 | 15 | 19 | 23 => world.settle(),
         2 => drop(world.append(a, None, &[write(0, 2), write(5, 1)])),
         3 => drop(world.append(a, None, &[write(1020, 20), EntryKind::Noop])),
         4 => world.promise(a, 3),
@@ -58,6 +58,15 @@ fn step(world: &mut World, number: u32) -> bool {
             world.store.request_checkpoint();
         }
         21 => {
+            // Three records in flight at once, whose payloads have places of their own.
+            let many: Vec<EntryKind> = (0..20).map(|at| write(300 + 7 * at, 1)).collect();
+            drop(world.append(b, None, &many));
+        }
+        22 => {
+            let after = world.model[&b].tail().lsn.0 - 6;
+            let _ = world.append(b, Some(after), &[write(9, 2)]);
+        }
+        24 => {
             drop(world.append(b, None, &[write(7, 2), write(200, 18)]));
             world.settle();
         }
@@ -103,7 +112,7 @@ fn enumerate(seed: u64, states: &mut u64) {
             crash_here(&mut world, &mut rng, states);
             world.complete_one();
         }
-        if matches!(number, 1 | 6 | 9 | 13 | 15 | 19) {
+        if matches!(number, 1 | 6 | 9 | 13 | 15 | 19 | 23) {
             world.pump();
             while world.complete_one() {
                 crash_here(&mut world, &mut rng, states);
@@ -168,7 +177,7 @@ fn an_error_of_each_operation_but_a_read_poisons_the_store() {
 
 /// A step in which the operation with this number fails.
 fn step_or_fail(world: &mut World, number: u32, failing: u64) -> bool {
-    if matches!(number, 1 | 6 | 9 | 13 | 15 | 19 | 21) {
+    if matches!(number, 1 | 6 | 9 | 13 | 15 | 19 | 23 | 24) {
         world.settle_failing(failing);
     }
     if world.failed {

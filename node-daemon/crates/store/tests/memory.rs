@@ -176,7 +176,7 @@ impl Disk for Made {
             }
             DiskOp::Write { offset, data, .. } => {
                 self.write(offset / BLOCK_BYTES as u64, &data);
-                Some(data)
+                data.into_buf()
             }
             _ => None,
         };

@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Bytes, BytesMut};
+use tercet_proto::page_aligned;
 
 use super::api::CloseReason;
 use super::pairs::{Next, Pair};
@@ -389,7 +390,7 @@ impl Connection {
         }
         if !is_whole {
             if gathered.is_empty() {
-                gathered.reserve(*bytes as usize);
+                *gathered = page_aligned(*bytes as usize);
             }
             gathered.extend_from_slice(&frame.data);
         }

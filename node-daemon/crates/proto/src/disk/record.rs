@@ -58,7 +58,8 @@ impl RecordHeader {
 
     /// Writes the header area into `area` (`header_blocks` long) and returns its CRC.
     pub fn encode(&self, items: &[u8], area: &mut [u8]) -> u32 {
-        let mut put = Put(Vec::with_capacity(area.len()));
+        let names = self.names.as_ref().map_or(0, Vec::len);
+        let mut put = Put(Vec::with_capacity(FIXED_BYTES + names * 32));
         put.u32(0);
         put.bytes(&MAGIC);
         put.bytes(&self.store.0);
@@ -82,10 +83,11 @@ impl RecordHeader {
             put.bytes(name.volume.as_bytes());
             put.place(name.place);
         }
-        put.bytes(items);
-        assert!(put.0.len() <= area.len(), "the header area was measured before");
-        area[..put.0.len()].copy_from_slice(&put.0);
-        area[put.0.len()..].fill(0);
+        let (head, rest) = area.split_at_mut(put.0.len());
+        let (body, zeroes) = rest.split_at_mut(items.len()); // the area was measured before
+        head.copy_from_slice(&put.0);
+        body.copy_from_slice(items);
+        zeroes.fill(0);
         seal(area);
         u32::from_le_bytes(area[..4].try_into().expect("four bytes"))
     }

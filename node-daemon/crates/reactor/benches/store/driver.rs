@@ -11,7 +11,7 @@ use tercet_proto::disk::{StoreId, crc32c};
 use tercet_proto::storage::{Storage, StorageError, StorageEvent};
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, Entry, EntryHeader, EntryKind, Epoch, InstanceId, Lsn, NewReplica,
-    NodeName, Place, ReplicaId, Token, VolumeId,
+    NodeName, Place, ReplicaId, Token, VolumeId, page_aligned,
 };
 use tercet_reactor::{
     Device, DeviceError, Discard, DiskId, Event, FileDisk, OpenDevice, Place as At, Reactor,
@@ -283,7 +283,8 @@ impl Driver {
             let payload = self.count(&op);
             match op {
                 DiskOp::Write { data, .. } if payload && self.setup.swallow_payload => {
-                    self.swallowed.push_back(DiskDone { token, buf: Some(data), result: Ok(()) });
+                    let buf = data.into_buf();
+                    self.swallowed.push_back(DiskDone { token, buf, result: Ok(()) });
                 }
                 DiskOp::Flush if self.filling => {
                     self.swallowed.push_back(DiskDone { token, buf: None, result: Ok(()) });
@@ -349,9 +350,10 @@ pub fn open_device(wanted: &OpenDevice) -> Device {
     }
 }
 
-/// Bytes that nothing can compress, with their word in each block, and their checksum.
+/// Bytes that nothing can compress, with their word in each block, and their checksum. They begin at a
+/// page, as the target gathers what hosts write.
 fn payload(blocks: u32, seed: u64) -> (Bytes, u32) {
-    let mut words = Vec::with_capacity(blocks as usize * BLOCK_BYTES);
+    let mut words = page_aligned(blocks as usize * BLOCK_BYTES);
     for number in 0..u64::from(blocks) * (BLOCK_BYTES as u64 / 8) {
         words.extend_from_slice(&mix(seed << 32 | number).to_le_bytes());
     }
@@ -359,7 +361,7 @@ fn payload(blocks: u32, seed: u64) -> (Bytes, u32) {
         block[4..8].copy_from_slice(&PAYLOAD_MAGIC);
     }
     let crc = crc32c(&words);
-    (words.into(), crc)
+    (words.freeze(), crc)
 }
 
 /// A well-mixed number for each number (splitmix64).

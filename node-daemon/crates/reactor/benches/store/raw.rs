@@ -72,7 +72,7 @@ impl Raw {
         let offset = mix(number) % self.blocks * BLOCK_BYTES;
         match self.access {
             Access::Read => DiskOp::Read { offset, into: buf },
-            Access::Write => DiskOp::Write { offset, data: buf, fua: false },
+            Access::Write => DiskOp::Write { offset, data: buf.into(), fua: false },
         }
     }
 }

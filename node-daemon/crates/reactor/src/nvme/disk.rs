@@ -4,7 +4,6 @@
 use std::os::fd::AsRawFd;
 
 use io_uring::{opcode, squeue, types};
-use tercet_store::arena::Buf;
 use tercet_store::disk::{DiskDone, DiskError, DiskToken};
 use tracing::{error, info, warn};
 
@@ -12,7 +11,7 @@ use crate::file_disk::{Slot, ZEROES, disk_error};
 use crate::nvme::command::{
     COMMAND_BYTES, RANGE_BYTES, URING_CMD_IO, command, piece, range, step_bytes,
 };
-use crate::operation::{DiskKind, Operation};
+use crate::operation::{DiskKind, Memory, Operation};
 use crate::reactor::{DiskId, Event, Reactor};
 
 /// How often a command is tried again that the drive did not refuse for good, as Linux does for its
@@ -30,7 +29,7 @@ pub(crate) struct NvmeOperation {
     disk: u32,
     token: DiskToken,
     kind: DiskKind,
-    buf: Option<Buf>,
+    memory: Memory,
     /// What a deallocation's commands point to, one for each.
     ranges: Box<[[u8; RANGE_BYTES]]>,
     step_bytes: u64,
@@ -71,11 +70,11 @@ impl Reactor {
         disk: u32,
         token: DiskToken,
         kind: DiskKind,
-        buf: Option<Buf>,
+        memory: Memory,
     ) {
         let device = &self.disks.slots[disk as usize].device;
         let namespace = device.nvme.expect("a namespace");
-        let (offset, bytes) = kind.range(buf.as_ref());
+        let (offset, bytes) = kind.range(&memory);
         let step_bytes = step_bytes(kind, &namespace, ZEROES.0.len() as u64);
         let pieces = bytes.div_ceil(step_bytes).max(1);
         let ranges = if matches!(kind, DiskKind::Deallocate { .. }) {
@@ -93,7 +92,7 @@ impl Reactor {
             disk,
             token,
             kind,
-            buf,
+            memory,
             ranges,
             step_bytes,
             bytes,
@@ -112,8 +111,7 @@ impl Reactor {
             unreachable!("a command belongs to an operation of a namespace");
         };
         let slot = &self.disks.slots[operation.disk as usize];
-        let fixed_buffer =
-            slot.fixed_buffers && operation.buf.as_ref().is_some_and(|buf| self.ring.knows(buf));
+        let fixed_buffer = slot.fixed_buffers && self.ring.knows(operation.memory.bytes());
         let entry = entry(slot, operation, index, fixed_buffer);
         let command = Operation::Command { operation: number, index, fixed_buffer };
         // SAFETY: buffer and ranges are kept in the operation, which is in the table until its last
@@ -169,7 +167,8 @@ impl Reactor {
         let Operation::Nvme(operation) = self.operations.remove(number) else {
             unreachable!("looked at above");
         };
-        let NvmeOperation { disk, token, buf, result, .. } = *operation;
+        let NvmeOperation { disk, token, memory, result, .. } = *operation;
+        let buf = memory.into_buf();
         events.push(Event::Disk { disk: DiskId(disk), done: DiskDone { token, buf, result } });
     }
 }
@@ -177,17 +176,13 @@ impl Reactor {
 fn entry(slot: &Slot, operation: &mut NvmeOperation, index: u64, fixed: bool) -> squeue::Entry128 {
     let namespace = slot.device.nvme.as_ref().expect("a namespace");
     let part = piece(index, operation.bytes, operation.step_bytes).expect("within the operation");
-    let (offset, _) = operation.kind.range(operation.buf.as_ref());
+    let (offset, _) = operation.kind.range(&operation.memory);
     let start = usize::try_from(part.start).expect("64-bit machine");
     let data = match operation.kind {
         DiskKind::Read { .. } => {
-            let buf = operation.buf.as_mut().expect("a read has a buffer");
-            buf[start..].as_mut_ptr().expose_provenance()
+            operation.memory.bytes_mut()[start..].as_mut_ptr().expose_provenance()
         }
-        DiskKind::Write { .. } => {
-            let buf = operation.buf.as_ref().expect("a write has a buffer");
-            buf[start..].as_ptr().expose_provenance()
-        }
+        DiskKind::Write { .. } => operation.memory.bytes()[start..].as_ptr().expose_provenance(),
         DiskKind::WriteZeroes { .. } if namespace.zeroes_bytes_max == 0 => {
             ZEROES.0.as_ptr().expose_provenance()
         }

@@ -11,7 +11,7 @@ mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tercet_proto::disk::{StoreId, crc32c};
@@ -19,7 +19,7 @@ use tercet_proto::storage::{Incomplete, Source, Storage, StorageError, StorageEv
 use tercet_proto::{
     BLOCK_BYTES, BlockRange, BlockVersion, ChunkPage, Config, ConfigState, Entry, EntryHeader,
     EntryKind, Epoch, InstanceId, Instant, Lsn, Member, NewReplica, NodeName, Place, Primary,
-    Promise, ReplicaId, StampRun, Token, VolumeId,
+    Promise, ReplicaId, StampRun, Token, VolumeId, page_aligned,
 };
 use tercet_store::arena::Arena;
 use tercet_store::disk::Disk;
@@ -79,13 +79,14 @@ pub fn read_run(disk: &SimDisk, (first, count): (u32, u32)) -> Vec<u8> {
     (first..first + count).flat_map(|block| *disk.sector(u64::from(block))).collect()
 }
 
-/// A payload in which each block says its tag and number.
+/// A payload in which each block says its tag and number; every second one begins at a page.
 pub fn payload(tag: u64, blocks: u32) -> Bytes {
-    let mut bytes = Vec::with_capacity(blocks as usize * BLOCK_BYTES);
+    let mut bytes = page_aligned(blocks as usize * BLOCK_BYTES + 1);
+    bytes.put_bytes(0, (tag % 2) as usize);
     for index in 0..blocks {
         bytes.extend_from_slice(&block_bytes(tag + (u64::from(index) << 40)));
     }
-    bytes.into()
+    bytes.freeze().slice((tag % 2) as usize..)
 }
 
 pub fn block_bytes(tag: u64) -> Vec<u8> {
