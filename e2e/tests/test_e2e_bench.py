@@ -1,5 +1,6 @@
 """Rows of benchmarks: medians, goals, and who replaces whose."""
 
+import asyncio
 import json
 
 import pytest
@@ -134,6 +135,33 @@ def test_a_volume_is_whole_when_every_member_is_in_sync():
     assert not whole(replicas=[*replicas[:2], {"node": "n3", "state": "Lagging"}])
     assert whole(replicas=[*replicas, {"node": "n4", "state": "Former"}])
     assert not fleet.is_whole({})
+
+
+async def test_a_trial_begins_when_every_agent_is_there():
+    """Every second trial of "node lost" took 5 to 7 s, for the fault of the one before.
+
+    Replicas were in sync again, and the next node was lost, while the agents of the two others were
+    still starting: both engines asked for the swap, and nobody was there to carry it out.
+    """
+    starts, asked = [503, 503, 200], []
+
+    async def answer(reader, writer):
+        status = starts[min(len(asked), 2)]
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        body = b"" if status == 200 else b"engine not configured\n"
+        head = f"HTTP/1.1 {status} x\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/readyz"
+        await fleet.agents_ready([url], timeout_s=30.0)
+        assert len(asked) == 3
+        starts[2] = 503
+        with pytest.raises(BenchError, match="engine not configured"):
+            await fleet.agents_ready([url], timeout_s=0.0)
+    with pytest.raises(BenchError, match="not after 0 s"):
+        await fleet.agents_ready([url], timeout_s=0.0)
 
 
 def machine_says(iops: dict[tuple[int, str], float]) -> list[str]:

@@ -1,9 +1,10 @@
 """`bench failover`: how long a host stands still when its primary dies or leaves, trial by trial.
 
 One volume of three replicas on this machine, a host that writes at depth 1 without pause, and one
-fault a trial; between two trials the volume is whole again. A trial's figure is the longest write
-from the fault until then, so a second pause on the way back counts too. Then two hundred volumes
-whose primary is one node, which dies; then rebuilds (`rebuilding`). What a fault is:
+fault a trial; between two trials the volume is whole again, and so is each node, its agent
+included, and has been for a lease's time. A trial's figure is the longest write from the fault
+until then, so a second pause on the way back counts too. Then two hundred volumes whose primary is
+one node, which dies; then rebuilds (`rebuilding`). What a fault is:
 
 - *engine killed*: kill -9 of the primary's engine; its supervisor starts another at once;
 - *node lost*: kill -9 of supervisor, engine and agent at one time; they stay away for the trial.
@@ -44,6 +45,8 @@ WINDOW_MS = 20
 SERVED_WINDOWS = 5
 DEVICE_BYTES = 6 << 30
 SERVED_TIMEOUT_S = 30.0
+LEASE_S = 1.0
+"""D (L2): for so long an engine that has come back is no help against a second fault (L4)."""
 
 MANY = 200
 MANY_BYTES = 16 << 20
@@ -184,6 +187,8 @@ async def _trial(fleet: Fleet, writer: Writer, case: Case) -> float:
         )
         await writer.writes(now_ns(), SERVED_WINDOWS, SERVED_TIMEOUT_S)
     await fleet.whole([VOLUME])
+    await fleet.agents()
+    await asyncio.sleep(LEASE_S)
     await writer.writes(now_ns(), SERVED_WINDOWS)
     return writer.longest_ms(began_ns)
 
@@ -226,6 +231,7 @@ async def _lost_with_many(
         waits = (host.writes(after_ns, 2, MANY_TIMEOUT_S) for host in hosts)
         served_ns = await asyncio.gather(*waits)
     await fleet.whole(names)
+    await fleet.agents()
     return [(at_ns - began_ns) / 1e6 for at_ns in served_ns]
 
 

@@ -11,15 +11,17 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Self
 
+import aiohttp
 import grpc.aio
 
 from tercet_api.names import API_VERSION, STORAGENODES, VOLUMES, host_id, host_nqn, volume_nqn
 from tercet_e2e.bench.floor import BenchError
 from tercet_e2e.bench.writer import Writer
 from tercet_e2e.kube import Json, Watcher, group
-from tercet_e2e.local import LocalCluster, Programs, is_ready
+from tercet_e2e.local import AGENT_HTTP, LocalCluster, Programs, is_ready
 from tercet_node.protos import engine_pb2
 from tercet_node.protos.engine_pb2_grpc import EngineStub
 
@@ -28,6 +30,8 @@ BLOCK_BYTES = 4096
 AT_ONCE = 20
 TIMEOUT_S = 120.0
 HAND_OVER_TIMEOUT_S = 10.0
+READY_S = 5.0
+PAUSE_S = 0.05
 
 Look = Callable[[Json], bool]
 
@@ -103,6 +107,16 @@ class Fleet:
             lambda: all(is_whole(self.volume(n)) for n in names),
         )
 
+    async def agents(self) -> None:
+        """Wait until every node's agent has its session with the engine, and all it follows.
+
+        A replica is in sync again seconds before its node's agent has started, and an engine
+        without one has nobody to swap a configuration for it: while two nodes are so, nobody takes
+        over (T3), which is another fault than the one that a trial is about.
+        """
+        nodes = self.cluster.nodes.values()
+        await agents_ready([f"http://{node.address}:{AGENT_HTTP}/readyz" for node in nodes])
+
     async def make(
         self, names: Sequence[str], size_bytes: int, hosts: Sequence[str] = (HOST,)
     ) -> None:
@@ -170,6 +184,28 @@ class Fleet:
     def writer(self, name: str, size_bytes: int, every_ms: int, pause_ms: int = 0) -> Writer:
         """A host that writes to the volume."""
         return Writer(self.program, self.arguments(name, size_bytes), every_ms, pause_ms)
+
+
+async def agents_ready(urls: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
+    """Wait until all of these say that they are ready. Raises BenchError."""
+    deadline_s = time.monotonic() + timeout_s
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=READY_S)) as session:
+        for url in urls:
+            said = await _readiness(session, url)
+            while said:
+                if time.monotonic() > deadline_s:
+                    raise BenchError(f"not after {timeout_s:.0f} s: {url}: {said}")
+                await asyncio.sleep(PAUSE_S)
+                said = await _readiness(session, url)
+
+
+async def _readiness(session: aiohttp.ClientSession, url: str) -> str:
+    """What is missing; nothing: it is ready."""
+    try:
+        async with session.get(url) as answer:
+            return "" if answer.status == HTTPStatus.OK else await answer.text()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        return repr(error)
 
 
 def _named(watcher: Watcher, name: str) -> Json:

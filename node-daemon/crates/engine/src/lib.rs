@@ -11,6 +11,7 @@ pub mod attach;
 pub mod canary;
 pub mod control;
 pub mod core;
+pub mod herald;
 pub mod host;
 pub mod logging;
 pub mod offline;

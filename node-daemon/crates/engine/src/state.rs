@@ -98,11 +98,15 @@ impl InstanceFile {
         Self { dir: dir.to_path_buf() }
     }
 
-    /// Written by an engine before it does anything that a peer could see.
+    /// Written by an engine before it does anything that a peer could see. Not made durable: it is
+    /// for the parent of this very process, and a start does not wait for a busy disk. What is found
+    /// after a power loss names a process that is no more, or is no JSON.
     pub fn write(&self, instance: Uuid) -> Result<(), StateError> {
         let running = Running { pid: std::process::id(), instance };
         let text = serde_json::to_vec(&running).expect("plain data");
-        replace(&self.dir, "instance", &text)
+        let (new, path) = (self.dir.join("instance.new"), self.dir.join("instance"));
+        fs::write(&new, text).map_err(at(&new))?;
+        fs::rename(&new, &path).map_err(at(&path))
     }
 
     /// The instance that process `pid` was.

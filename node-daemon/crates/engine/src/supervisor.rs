@@ -28,7 +28,9 @@ pub const EXIT_FATAL: u8 = 70;
 /// from the first to the last. Before that there is none.
 const DELAY_FIRST: Duration = Duration::from_millis(50);
 const DELAY_LAST: Duration = Duration::from_secs(1);
-const LONG_LIFE: Duration = Duration::from_secs(5);
+/// Who lived as long as the longest delay needs none: starts are no more frequent for that, and hosts
+/// wait for the next engine to say that this one is over (L5).
+const LONG_LIFE: Duration = DELAY_LAST;
 /// How long an orderly stop may take before it is a kill.
 const STOP: Duration = Duration::from_secs(8);
 /// Proven exits that are handed on.

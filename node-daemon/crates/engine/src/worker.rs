@@ -1,7 +1,7 @@
 //! `tercet-engine run`: the engine itself.
 //!
-//! Start order: the instance is drawn and written down, the reactors start, the remembered plan is
-//! carried out (lock, replay, listen, see `opener` and `core`), and the control API answers from
+//! Start order: the instance is drawn, the peers are told which of its predecessors have ended
+//! (`herald`), it is written down, the reactors start, the remembered plan is carried out (lock, replay, listen, see `opener` and `core`), and the control API answers from
 //! the beginning, whatever state the devices are in. The main thread is the control thread.
 
 use std::fs::File;
@@ -25,8 +25,10 @@ use uuid::Uuid;
 use crate::args::{Args, Command};
 use crate::control::{self, Directory, Reactors, Service};
 use crate::core::{Core, MESSAGES_MAX, ToReactor};
+use crate::herald::Herald;
 use crate::opener::Opener;
 use crate::outbox::Outbox;
+use crate::plan::Plan;
 use crate::state::{self, InstanceFile};
 
 /// Memory for device buffers, of all reactors together.
@@ -44,12 +46,27 @@ pub fn run(args: &Args) -> io::Result<ExitCode> {
     // Who kills the supervisor kills the engine: two of them must not fight for the devices.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let instance = InstanceId(Uuid::new_v4());
+    let plan = state::load(&args.state_dir).map(Arc::new);
+    let herald = announce(args, instance, plan.as_ref())?;
     InstanceFile::in_dir(&args.state_dir).write(instance.0).map_err(io::Error::other)?;
     info!(node = args.node, %instance, version = env!("CARGO_PKG_VERSION"), "engine");
     let outbox = Arc::new(Outbox::default());
-    let started = start_reactors(args, instance, &outbox)?;
+    let started = start_reactors(args, instance, herald, &outbox)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(control(args, started, outbox))
+    runtime.block_on(control(args, started, outbox, plan))
+}
+
+fn proven_exits(args: &Args) -> Vec<InstanceId> {
+    args.proven_exits.iter().copied().map(InstanceId).collect()
+}
+
+/// First of all: hosts of the dead engine wait for its peers to hear that it is over (L5).
+fn announce(args: &Args, instance: InstanceId, plan: Option<&Arc<Plan>>) -> io::Result<Herald> {
+    let herald = Herald::start(NodeName::new(&args.node), instance)?;
+    if let Some(plan) = plan {
+        herald.tell(plan, &proven_exits(args));
+    }
+    Ok(herald)
 }
 
 /// One engine for each state directory, whatever started it.
@@ -75,6 +92,7 @@ fn reactors_of(args: &Args) -> usize {
 fn start_reactors(
     args: &Args,
     instance: InstanceId,
+    herald: Herald,
     outbox: &Arc<Outbox>,
 ) -> io::Result<Arc<Directory>> {
     let count = reactors_of(args);
@@ -99,7 +117,8 @@ fn start_reactors(
     let directory = Arc::new(Directory::new(
         NodeName::new(&args.node),
         instance,
-        args.proven_exits.iter().copied().map(InstanceId).collect(),
+        proven_exits(args),
+        herald,
         Reactors(postboxes.into()),
     ));
     for sender in directories {
@@ -133,14 +152,15 @@ async fn control(
     args: &Args,
     directory: Arc<Directory>,
     outbox: Arc<Outbox>,
+    plan: Option<Arc<Plan>>,
 ) -> io::Result<ExitCode> {
     let opener = Opener::new(Arc::clone(&directory));
     let stop = Arc::new(Notify::new());
     let state_dir = args.state_dir.clone();
     let service = Service::new(directory, outbox, opener, state_dir, Arc::clone(&stop));
     let service = Arc::new(service);
-    if let Some(plan) = state::load(&args.state_dir) {
-        service.carry_out(plan).map_err(io::Error::other)?;
+    if let Some(plan) = plan {
+        service.carry_out(&plan).map_err(io::Error::other)?;
     }
     let mut terminate = signal(SignalKind::terminate())?;
     let ending = async {

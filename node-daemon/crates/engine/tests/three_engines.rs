@@ -48,6 +48,29 @@ async fn acknowledged_writes_survive_the_primary_and_all_replicas_become_equal()
     assert!(!sums.is_empty(), "something was written");
 }
 
+/// The primary's node is lost again and again, and comes back each time: the next to lose is the one
+/// that took over, and who takes over then has come back last.
+#[tokio::test]
+async fn nodes_that_are_lost_one_after_the_other_and_come_back() {
+    let mut cluster = Cluster::start("lost");
+    let volume = cluster.create_volume(64 * MIB, HOST).await;
+    let host = attach(&cluster, volume).await;
+    for trial in 1..=3_u64 {
+        let primary = cluster.wait_serving(volume, None).await;
+        let first = move |host: &Host| (0..20).for_each(|block| write(host, block, trial));
+        with_host(&host, first).await;
+        cluster.lose(primary);
+        let lost = Instant::now();
+        let second = move |host: &Host| write(host, 21, trial);
+        with_host(&host, second).await;
+        let stall = lost.elapsed();
+        println!("trial {trial}: {primary} is lost, a stall of {stall:?}");
+        assert!(stall < Duration::from_secs(4), "{stall:?} {}", cluster.logs());
+        cluster.revive(primary);
+        cluster.equal_sums(volume).await;
+    }
+}
+
 #[tokio::test]
 async fn a_snapshot_zeroes_and_large_writes_are_the_same_on_every_node() {
     let cluster = Cluster::start("kinds");

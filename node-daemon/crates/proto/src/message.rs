@@ -16,7 +16,7 @@ mod wire;
 
 pub use codec::{
     BODY_BYTES_MAX, Decoder, HEADER_BYTES, PAYLOAD_BYTES_MAX, WireError, crc32c, encode,
-    encode_hello,
+    encode_hello, encode_proven_exit,
 };
 
 pub use copy::CopyMessage;
@@ -38,6 +38,8 @@ pub const VERSION_HAND_OVER: u16 = 4;
 pub const ENTRIES_MAX: usize = 1024;
 /// Most exclusions in one answer to a beat; more follow with the next.
 pub const EXCLUSIONS_MAX: usize = 1024;
+/// Most instances in one message about proven exits.
+pub const EXITS_MAX: usize = 16;
 /// Most instances in a seal: the voters of two sets.
 pub const SEALED_MAX: usize = 6;
 
@@ -70,10 +72,28 @@ impl Hello {
     }
 }
 
-/// What a link carries.
+/// The only frame of a connection that is no link: instances have ended, proven (L5). An engine
+/// that starts says it while it replays its log, before it could speak on a link. Negotiated is
+/// nothing: an engine that does not know the frame closes the connection, and hears of the exit when
+/// there is a link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProvenExit {
+    /// The cluster: what another one says counts for nothing here.
+    pub cluster: [u8; 16],
+    /// The sender's node, on which that instance was.
+    pub node: NodeName,
+    /// Who says so.
+    pub instance: InstanceId,
+    /// Who has ended: at least one, at most [`EXITS_MAX`].
+    pub exited: Vec<InstanceId>,
+}
+
+/// What a connection carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// First, once.
+    /// Alone on its connection.
+    ProvenExit(ProvenExit),
+    /// First on a link, once.
     Hello(Hello),
     /// Everything after.
     Message(Message),

@@ -5,8 +5,8 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use tercet_proto::message::{
     CopyMessage, Declined, Decoder, Envelope, Frame, HEADER_BYTES, HandOverMessage, Hello, Message,
-    NotFollowing, PairEnvelope, PairMessage, RepairMessage, ReplicaMessage, Tail, WireError,
-    crc32c, encode, encode_hello,
+    NotFollowing, PairEnvelope, PairMessage, ProvenExit, RepairMessage, ReplicaMessage, Tail,
+    WireError, crc32c, encode, encode_hello, encode_proven_exit,
 };
 use tercet_proto::storage::Incomplete;
 use tercet_proto::{
@@ -285,6 +285,35 @@ fn golden_bytes() {
     assert_eq!(decode(bytes), Ok(Some(Frame::Hello(hello))));
     let all: Vec<u8> = messages_of_version_1().iter().flat_map(bytes_of).collect();
     assert_eq!(format!("{:08x}", crc32c(&all)), GOLDEN_ALL, "CRC32C of one message of each kind");
+}
+
+/// What an engine says before it could speak on a link (L5).
+#[test]
+fn golden_bytes_of_a_proven_exit() {
+    let exit = ProvenExit {
+        cluster: [9; 16],
+        node: NodeName::new("node-a"),
+        instance: InstanceId::from_bytes([4; 16]),
+        exited: vec![InstanceId::from_bytes([6; 16]), InstanceId::from_bytes([7; 16])],
+    };
+    let mut bytes = Vec::new();
+    encode_proven_exit(&exit, &mut bytes);
+    let fields = ["09", "066e6f64652d61", "04", "02", "06", "07"];
+    let repeated = [16, 1, 16, 1, 16, 16];
+    let fields: String = fields.iter().zip(repeated).map(|(text, n)| text.repeat(n)).collect();
+    assert_eq!(hex(&bytes)[..32], *"54524550010030004800000000000000");
+    assert_eq!(hex(&bytes)[48..], fields);
+    assert_eq!(decode(bytes.clone()), Ok(Some(Frame::ProvenExit(exit))));
+    let count = HEADER_BYTES + 16 + 7 + 16;
+    for wrong in [0, 17] {
+        let mut bytes = bytes.clone();
+        bytes[count] = wrong;
+        let body = crc32c(&bytes[HEADER_BYTES..]).to_le_bytes();
+        bytes[16..20].copy_from_slice(&body);
+        let crc = crc32c(&bytes[..20]).to_le_bytes();
+        bytes[20..24].copy_from_slice(&crc);
+        assert_eq!(decode(bytes), Err(WireError::Field("number of exits")));
+    }
 }
 
 /// The messages of version 2, and who is sent them.

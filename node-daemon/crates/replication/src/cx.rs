@@ -4,12 +4,16 @@ use std::collections::BTreeMap;
 
 use tercet_proto::message::{Envelope, Message, ReplicaMessage};
 use tercet_proto::storage::Storage;
-use tercet_proto::{Epoch, Instant, NewReplica, NodeName, Place, ReplicaId, Token, VolumeId};
+use tercet_proto::{
+    Epoch, InstanceId, Instant, NewReplica, NodeName, Place, ReplicaId, Token, VolumeId,
+};
 
 use crate::api::{AssociationId, HostCommand, Output, PeerId};
 use crate::copy_source::{CopyRead, CopyStamps};
 use crate::lease::Pairs;
 use crate::options::Options;
+#[cfg(feature = "canary")]
+use crate::options::canary;
 use crate::repair::VersionRead;
 
 /// Borrowed for one step.
@@ -28,6 +32,15 @@ impl Cx<'_> {
         if let Some(peer) = self.pairs.route(node, to, from.volume) {
             self.answer(peer, to, from, message);
         }
+    }
+
+    /// Whether that instance of that node has ended, proven (L5).
+    pub fn has_exited(&self, node: &NodeName, instance: InstanceId) -> bool {
+        #[cfg(feature = "canary")]
+        if canary!(self.options, ExitOfAnyInstance) && self.pairs.any_exited(node) {
+            return true;
+        }
+        self.pairs.has_exited(node, instance)
     }
 
     /// Sends over this very link.

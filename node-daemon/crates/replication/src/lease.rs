@@ -70,7 +70,8 @@ pub(crate) struct Pairs {
     by_peer: BTreeMap<PeerId, Pair>,
     /// When the last grant to an instance was given; kept while it can be out.
     granted: BTreeMap<InstanceId, Instant>,
-    exited: VecDeque<InstanceId>,
+    /// Instances that have ended, each proven by its own node.
+    exited: VecDeque<(NodeName, InstanceId)>,
     /// Instances of this node that have ended: each peer is told.
     own_exits: Vec<InstanceId>,
     /// This shard's store has failed.
@@ -193,7 +194,7 @@ impl Pairs {
                 exclusions
             }
             PairMessage::Exited { instance } => {
-                self.exited(instance);
+                self.exited(&peer.node, instance);
                 Vec::new()
             }
         }
@@ -240,21 +241,22 @@ impl Pairs {
         self.granted.get(&holder).copied()
     }
 
-    /// An instance has ended, proven (L5). Whether that is news.
-    pub fn exited(&mut self, instance: InstanceId) -> bool {
-        if instance == self.me.instance || self.has_exited(instance) {
+    /// An instance of that node has ended, proven there (L5). Whether that is news.
+    pub fn exited(&mut self, node: &NodeName, instance: InstanceId) -> bool {
+        if instance == self.me.instance || self.has_exited(node, instance) {
             return false;
         }
         if self.exited.len() == EXITS_REMEMBERED {
             self.exited.pop_front();
         }
-        self.exited.push_back(instance);
+        self.exited.push_back((node.clone(), instance));
         true
     }
 
     /// An instance of this node has ended: the peers are told (L5).
     pub fn own_exit(&mut self, instance: InstanceId, out: &mut Vec<Output>) {
-        if !self.exited(instance) {
+        let node = self.me.node.clone();
+        if !self.exited(&node, instance) {
             return;
         }
         self.own_exits.push(instance);
@@ -263,8 +265,16 @@ impl Pairs {
         }
     }
 
-    pub fn has_exited(&self, instance: InstanceId) -> bool {
-        self.exited.contains(&instance)
+    /// Whether that instance has ended, by the word of the node on which it was: nobody else can
+    /// have proven it (L5).
+    pub fn has_exited(&self, node: &NodeName, instance: InstanceId) -> bool {
+        self.exited.iter().any(|(on, ended)| (on, *ended) == (node, instance))
+    }
+
+    /// Whether any instance of that node has.
+    #[cfg(feature = "canary")]
+    pub fn any_exited(&self, node: &NodeName) -> bool {
+        self.exited.iter().any(|(on, _)| on == node)
     }
 
     /// The pair to the shard of `node` that keeps this replica of `volume`; one that is up, where

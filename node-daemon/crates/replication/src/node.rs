@@ -101,7 +101,7 @@ impl Node {
                 if node == self.options.identity.node {
                     self.pairs.own_exit(instance, out);
                 } else {
-                    self.pairs.exited(instance);
+                    self.pairs.exited(&node, instance);
                 }
                 self.every(now, storage, out, Replica::tick);
             }

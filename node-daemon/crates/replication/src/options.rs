@@ -136,6 +136,8 @@ pub enum Canary {
     PairGrantForSealed,
     /// L4: a restarted replica completes a seal at once.
     ForgetGrants,
+    /// L5: the exit of one instance counts for whichever its node has.
+    ExitOfAnyInstance,
     /// L2, T4: a seal does not wait for the grants that are out.
     SealWithoutWait,
     /// H2: a secondary keeps a host's command and runs it when it is promoted.

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use tercet_proto::message::{Envelope, ReplicaMessage};
-use tercet_proto::{Config, Epoch, InstanceId, Instant, Promise, StorageError, Token};
+use tercet_proto::{Config, Epoch, InstanceId, Instant, NodeName, Promise, StorageError, Token};
 
 use crate::api::{Output, PeerId};
 use crate::cx::{Cx, Purpose};
@@ -45,6 +45,8 @@ pub(crate) struct GrantsOut {
 #[derive(Clone, Debug, Hash)]
 struct GrantOut {
     epoch: Epoch,
+    /// The node on which the holder is, and its instance.
+    node: NodeName,
     holder: InstanceId,
     until: Instant,
 }
@@ -60,11 +62,15 @@ impl GrantsOut {
     }
 
     /// Until when to wait, but for holders that cannot read any more.
-    fn until(&mut self, now: Instant, harmless: impl Fn(InstanceId) -> bool) -> Option<Instant> {
+    fn until(
+        &mut self,
+        now: Instant,
+        harmless: impl Fn(&NodeName, InstanceId) -> bool,
+    ) -> Option<Instant> {
         self.out.retain(|grant| grant.until > now);
         let back = &self.given_back;
         let waits = |grant: &&GrantOut| {
-            !harmless(grant.holder) && !back.contains(&(grant.epoch, grant.holder))
+            !harmless(&grant.node, grant.holder) && !back.contains(&(grant.epoch, grant.holder))
         };
         self.out.iter().filter(waits).map(|grant| grant.until).max()
     }
@@ -147,7 +153,8 @@ impl Replica {
             let (epoch, holder) = (promise.epoch(), promise.instance());
             if let Some(granted) = cx.pairs.exclude(holder, self.volume, epoch) {
                 let until = granted + cx.options.timing.lease;
-                self.grants.out.push(GrantOut { epoch, holder, until });
+                let node = promise.config.primary.node.clone();
+                self.grants.out.push(GrantOut { epoch, node, holder, until });
             }
         }
         self.incoming.stop(); // it was on the word of who led before (C2)
@@ -206,9 +213,8 @@ impl Replica {
     fn wait_out_grants(&mut self, cx: &mut Cx<'_>) {
         let Some(sealing) = &self.sealing else { return };
         let new_primary = sealing.config.primary.instance;
-        let pairs = &*cx.pairs;
-        let until = self.grants.until(cx.now, |holder| {
-            holder == new_primary || sealing.sealed.contains(&holder) || pairs.has_exited(holder)
+        let until = self.grants.until(cx.now, |node, holder| {
+            holder == new_primary || sealing.sealed.contains(&holder) || cx.has_exited(node, holder)
         });
         let until = until.max(forgotten(cx));
         if let Some(until) = until

@@ -91,7 +91,7 @@ impl Replica {
         if self.leading_epoch() == Some(known.config.epoch) {
             return late && !self.is_serving(); // it agrees that another should try
         }
-        let gone = cx.pairs.has_exited(*instance)
+        let gone = cx.has_exited(node, *instance)
             || self.grants.is_given_back(known.config.epoch, *instance);
         if gone {
             return true;
@@ -222,6 +222,21 @@ impl Replica {
         let tail = self.report(cx);
         let opinion = ReplicaMessage::Opinion { misses, tail };
         cx.answer(peer, envelope.from, self.sender(envelope.epoch), opinion);
+        if misses && !asked_by_primary {
+            self.consult_back(envelope.from, cx);
+        }
+    }
+
+    /// Who asks misses the primary by now. If it did not when it was asked, it is asked again at
+    /// once: news of an exit (L5) reaches two members at two times, and the first to hear of it
+    /// would ask again only after a step.
+    fn consult_back(&mut self, from: ReplicaId, cx: &mut Cx<'_>) {
+        let opinion = self.watch.opinions.get(&from);
+        let open = opinion.is_none_or(|opinion| !opinion.counts(cx));
+        if open && matches!(self.role, Role::Follower { .. }) {
+            self.watch.asked = None;
+            self.tick_watch(cx);
+        }
     }
 
     pub fn on_opinion(&mut self, envelope: &Envelope, misses: bool, tail: Tail, cx: &mut Cx<'_>) {

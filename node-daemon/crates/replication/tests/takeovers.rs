@@ -3,6 +3,7 @@
 mod harness;
 
 use harness::{Cluster, MS, at, block, host};
+use tercet_proto::Epoch;
 use tercet_proto::message::{Message, ReplicaMessage};
 use tercet_replication::api::{HostCommand, Input};
 
@@ -108,6 +109,43 @@ fn l4_when_all_come_back_the_volume_is_served_after_one_lease() {
         }
         let (took_ms, next) = served(&mut cluster);
         assert!(took_ms <= LEASE_MS + 150, "seed {seed}: node {next} after {took_ms} ms");
+    }
+}
+
+/// The next engine of the primary's node tells the exit before it has replayed its log (L5): two others
+/// take over while it has no link at all. The news reaches them at two times; who heard of it first is
+/// asked again by no clock, but by the one who hears of it later.
+#[test]
+fn l5_t2_an_exit_that_is_told_early_is_taken_up_before_the_next_engine_has_a_link() {
+    for seed in 1..=60 {
+        for apart_ms in [0, 1, 7, 40] {
+            let mut cluster = killed_with_the_best_tail(seed);
+            let (name, exited) = (cluster.machines[0].name.clone(), cluster.machines[0].instance);
+            let (first, second) = if seed % 2 == 0 { (1, 2) } else { (2, 1) };
+            cluster.input(first, Input::ProvenExit(name.clone(), exited));
+            cluster.run_ms(apart_ms);
+            cluster.input(second, Input::ProvenExit(name, exited));
+            let (took_ms, next) = served(&mut cluster);
+            assert!(next != 0 && took_ms <= 20, "seed {seed}: node {next} after {took_ms} ms");
+            restart(&mut cluster, 0);
+            cluster.run_ms(2000);
+            cluster.assert_converged();
+        }
+    }
+}
+
+/// Who has locked a node's device, or reaped its engine, knows of that node's instances and no other.
+#[test]
+fn l5_what_a_node_says_of_anothers_instance_counts_for_nothing() {
+    for seed in 1..=20 {
+        let mut cluster = Cluster::serving(seed);
+        let (living, liar) = (cluster.machines[0].instance, cluster.machines[2].name.clone());
+        for i in 0..3 {
+            cluster.input(i, Input::ProvenExit(liar.clone(), living));
+        }
+        cluster.run_ms(3000);
+        assert_eq!(cluster.object.config.as_ref().map(|config| config.epoch), Some(Epoch(1)));
+        assert_eq!(cluster.serving_nodes(), [0], "seed {seed}");
     }
 }
 

@@ -5,7 +5,7 @@
 //! is no orderly end: a start is a recovery.
 
 use tercet_proto::storage::Storage;
-use tercet_proto::{Instant, Place, StorageEvent, VolumeId};
+use tercet_proto::{InstanceId, Instant, Place, StorageEvent, VolumeId};
 use tercet_replication::Node;
 use tercet_replication::api::{Input, Output, ReplicaStatus};
 use tercet_store::Store;
@@ -31,6 +31,18 @@ impl Shard {
         options: &Options,
     ) -> Result<(), OpenError> {
         Store::format(disk, format, &options.store)
+    }
+
+    /// The instance that has opened the store on a device before: once the device is locked (rule R3),
+    /// that is proof of its exit (L5), and there long before the log is replayed.
+    ///
+    /// # Errors
+    /// As [`Shard::open`].
+    pub fn last_instance(
+        disk: &mut dyn Disk,
+        options: &Options,
+    ) -> Result<Option<InstanceId>, OpenError> {
+        Store::last_instance(disk, &options.store)
     }
 
     /// Opens the store on a device that is locked (rule R3, at `identity.locked_at`), replays and

@@ -7,8 +7,8 @@
 use rand::Rng;
 use rand::rngs::SmallRng;
 use tercet_proto::BLOCK_BYTES;
-use tercet_proto::Instant;
 use tercet_proto::disk::StoreId;
+use tercet_proto::{InstanceId, Instant};
 use tercet_shard::{
     Event, FormatOptions, Identity, OpenError, OpenReport, Options, ScrubPace, Shard,
 };
@@ -62,6 +62,25 @@ impl Device {
         }
     }
 
+    fn options(&self, canary: Option<Canary>) -> Options {
+        let store = tercet_store::options::Options::new(self.arena.clone());
+        // Four leaves: what is mapped is read from the device again and again.
+        let store = tercet_store::options::Options { leaf_cache_bytes: 96 << 10, ..store };
+        let mut options = Options::new(store);
+        options.store.scrub = self.scrub;
+        break_rule(&mut options, canary);
+        options
+    }
+
+    /// The instance whose exit the lock proves (L5).
+    pub fn last_instance(&mut self) -> Result<Option<InstanceId>, OpenError> {
+        if !self.formatted {
+            return Ok(None);
+        }
+        let options = self.options(None);
+        Shard::last_instance(&mut self.disk, &options)
+    }
+
     /// Formats it when it is new, and opens the shard on it.
     pub fn open(
         &mut self,
@@ -69,12 +88,7 @@ impl Device {
         canary: Option<Canary>,
         now: Instant,
     ) -> Result<(Shard, OpenReport), OpenError> {
-        let store = tercet_store::options::Options::new(self.arena.clone());
-        // Four leaves: what is mapped is read from the device again and again.
-        let store = tercet_store::options::Options { leaf_cache_bytes: 96 << 10, ..store };
-        let mut options = Options::new(store);
-        options.store.scrub = self.scrub;
-        break_rule(&mut options, canary);
+        let options = self.options(canary);
         if !self.formatted {
             self.formatted = true;
             let format = FormatOptions {

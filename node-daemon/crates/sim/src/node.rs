@@ -164,12 +164,17 @@ impl World {
         self.arm(node);
     }
 
-    /// Starts a node's engine: lock, replay, flush (R2, R3).
+    /// Starts a node's engine: lock, replay, flush (R2, R3). The peers are told of the exit that the
+    /// lock proves before any link is there.
     pub fn start(&mut self, index: usize) {
         if self.nodes[index].runs() || !self.nodes[index].powered {
             return;
         }
         let instance = InstanceId::from_bytes(self.id_bytes());
+        match self.nodes[index].device.last_instance() {
+            Ok(exited) => exited.into_iter().for_each(|exited| self.tell_exit(index, exited)),
+            Err(error) => self.violate(format!("a device without superblocks: {error}")),
+        }
         let canary = self.canary;
         let node = &mut self.nodes[index];
         node.life += 1;
@@ -183,6 +188,38 @@ impl World {
                 self.violate(format!("{name} does not start: {error}"));
             }
         }
+    }
+
+    /// On a connection of its own to each peer, which may be lost, late or doubled like all else.
+    fn tell_exit(&mut self, index: usize, exited: InstanceId) {
+        for peer in (0..self.mix.nodes).filter(|peer| *peer != index) {
+            let lost = self.permille(self.mix.lose_permille) && !self.healed;
+            if lost || !self.net.is_open(index, peer) {
+                continue;
+            }
+            let twice = self.permille(self.mix.double_permille);
+            for _ in 0..=usize::from(twice) {
+                let late = !self.healed && self.permille(self.mix.late_permille);
+                let wait = if late { self.rng.random_range(MS..300 * MS) } else { self.delay() };
+                let (life, node) = (self.nodes[peer].life, self.nodes[index].name.clone());
+                self.after(wait, move |world| {
+                    world.on_node(peer, life, move |world| world.exit_told(peer, node, exited));
+                });
+            }
+        }
+    }
+
+    fn exit_told(&mut self, index: usize, node: NodeName, exited: InstanceId) {
+        let primary = |volume: &Volume| {
+            volume.view.config.as_ref().is_some_and(|config| config.primary.instance == exited)
+        };
+        if self.volumes.iter().any(primary) {
+            self.probe(Probe::PrimaryExitTold);
+        }
+        self.tell(|world| {
+            format!("{}: told that {node}'s last engine is over", world.nodes[index].name)
+        });
+        self.input(index, Input::ProvenExit(node, exited));
     }
 
     fn started(&mut self, index: usize, shard: Shard, report: &OpenReport) {

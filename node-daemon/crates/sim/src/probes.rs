@@ -20,6 +20,8 @@ probes! {
     KilledWithWrites,
     /// an engine restarted on the spot and proved its predecessor's exit (L5)
     ProvenExit,
+    /// a peer was told of a primary's exit while the configuration still named it (L5)
+    PrimaryExitTold,
     /// a node lost its power with writes that were not durable
     PowerLoss,
     /// all nodes lost their power at once

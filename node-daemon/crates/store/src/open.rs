@@ -30,6 +30,24 @@ use crate::store::{Store, Tombstone};
 const LEAVES_AT_A_TIME: usize = 64;
 
 impl Store {
+    /// The instance that has opened the store before, as its superblocks say; none after format. It
+    /// has ended, if the caller holds the device's exclusive lock (rules R3, L5): to be asked before
+    /// the store is opened, which writes its own there. Reads a few blocks and writes nothing.
+    ///
+    /// # Errors
+    /// As [`Store::open`]: what another store says counts for nothing.
+    pub fn last_instance(
+        disk: &mut dyn Disk,
+        options: &Options,
+    ) -> Result<Option<InstanceId>, OpenError> {
+        check_arena(options)?;
+        let mut io = Io::new(disk, options.arena.clone());
+        let capacity_blocks = check_capacity(io.capacity_bytes())?;
+        let found = read_superblock(&mut io)?;
+        check_superblock(&found, options, capacity_blocks)?;
+        Ok(opener_of(&found))
+    }
+
     /// Opens the store on a device. The caller holds the device's exclusive lock (rule R3).
     ///
     /// # Errors
@@ -45,14 +63,14 @@ impl Store {
         io.flush()?;
         let found = read_superblock(&mut io)?;
         check_superblock(&found, &options, capacity_blocks)?;
-        let previous = found.instance;
+        let previous = opener_of(&found);
         let (version, generation) = (FORMAT_VERSION, found.generation + 1);
         let superblock = Superblock { version, generation, instance, ..found };
         for block in order(superblock.generation) {
             io.write(block, &*superblock.encode(), true)?;
         }
         let (mut store, mut report) = load(&mut io, options, superblock)?;
-        report.previous_instance = (previous.as_bytes() != &[0; 16]).then_some(previous);
+        report.previous_instance = previous;
         for volume in &report.damaged {
             let incomplete = store.replicas[volume].incomplete;
             store.push_incomplete(*volume, incomplete, None);
@@ -82,6 +100,12 @@ pub(crate) fn load(
     let report = Replay::new(&mut store, slot.frozen, pending).run(scan);
     store.alloc.seek_longest();
     Ok((store, report))
+}
+
+/// Who opened the store last; none after format.
+fn opener_of(superblock: &Superblock) -> Option<InstanceId> {
+    let instance = superblock.instance;
+    (instance.as_bytes() != &[0; 16]).then_some(instance)
 }
 
 /// The older copy is overwritten first, so that one is whole at any moment.

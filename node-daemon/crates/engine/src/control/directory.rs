@@ -14,6 +14,7 @@ use tonic::Status;
 use super::convert;
 use super::placement::{self, Room};
 use crate::core::{ReactorStatus, ShardReport, ToReactor};
+use crate::herald::Herald;
 use crate::opener::{DeviceState, OPENING};
 use crate::plan::Plan;
 use crate::table::{Change, Table, Volume};
@@ -73,6 +74,8 @@ pub struct Directory {
     pub instance: InstanceId,
     /// Instances of this node that have ended, as its parent has seen (rule L5).
     pub proven_exits: Vec<InstanceId>,
+    /// Tells the peers of these, and of the one that the superblocks name.
+    pub herald: Herald,
     /// The reactors.
     pub reactors: Reactors,
     table: NodeReplicated<Table>,
@@ -88,12 +91,13 @@ impl Directory {
         node: NodeName,
         instance: InstanceId,
         proven_exits: Vec<InstanceId>,
+        herald: Herald,
         reactors: Reactors,
     ) -> Self {
         let table = NodeReplicated::new(Table::default(), Options::default());
         let own = Mutex::new(table.replica("control"));
         let (devices, standings) = (Mutex::default(), Mutex::default());
-        Self { node, instance, proven_exits, reactors, table, own, devices, standings }
+        Self { node, instance, proven_exits, herald, reactors, table, own, devices, standings }
     }
 
     /// A reactor's own replica of the table.

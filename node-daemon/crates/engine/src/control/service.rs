@@ -61,10 +61,9 @@ impl Service {
     }
 
     /// Carries out a plan: at start the remembered one, later the agent's.
-    pub fn carry_out(&self, plan: Plan) -> Result<(), Status> {
-        let plan = Arc::new(plan);
-        self.directory.set_plan(Arc::clone(&plan))?;
-        self.opener.open(&plan);
+    pub fn carry_out(&self, plan: &Arc<Plan>) -> Result<(), Status> {
+        self.directory.set_plan(Arc::clone(plan))?;
+        self.opener.open(plan);
         Ok(())
     }
 
@@ -153,7 +152,7 @@ impl pb::engine_server::Engine for Service {
         if current.as_deref() != Some(&plan) {
             state::save(&self.state_dir, &plan).map_err(|e| Status::internal(e.to_string()))?;
             info!(devices = plan.devices.len(), peers = plan.peers.len(), "configured");
-            self.carry_out(plan)?;
+            self.carry_out(&Arc::new(plan))?;
         }
         let instance = self.directory.instance.to_string();
         Ok(Response::new(pb::ConfigureResponse { instance }))

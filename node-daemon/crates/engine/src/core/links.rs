@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tercet_proto::message::{
-    Decoder, Frame, Hello, Message, VERSION, VERSION_MIN, encode, encode_hello,
+    Decoder, Frame, Hello, Message, ProvenExit, VERSION, VERSION_MIN, encode, encode_hello,
 };
 use tercet_proto::{InstanceId, Instant, NodeName};
 use tercet_reactor::{StreamId, StreamLimits, now};
@@ -298,6 +298,12 @@ impl Core {
                     let input = Input::Message(peer, message);
                     self.work.push_back((slot, Event::Input(input)));
                 }
+                (Ok(Some(Frame::ProvenExit(exit))), None) => {
+                    match self.exit_told(exit) {
+                        Ok(()) => self.close_link(stream), // there is no second frame
+                        Err(why) => self.refuse_link(stream, &why),
+                    }
+                }
                 (Ok(Some(Frame::Hello(hello))), _) if link.instance.is_none() => {
                     if let Err(why) = self.hello(stream, hello) {
                         self.refuse_link(stream, &why);
@@ -307,6 +313,34 @@ impl Core {
                 (Err(error), _) => self.refuse_link(stream, &error.to_string()),
             }
         }
+    }
+
+    /// A peer that has no links yet has proven that instances of its node have ended (L5): all shards
+    /// here are told.
+    fn exit_told(&mut self, exit: ProvenExit) -> Result<(), String> {
+        let ProvenExit { cluster, node, instance, exited } = exit;
+        self.check_peer(&cluster, &node)?;
+        info!(peer = %node, %instance, last = exited.last().map(ToString::to_string), "exits told");
+        for reactor in (0..self.directory.reactors.0.len()).filter(|&other| other != self.number) {
+            let told = ToReactor::Exited(node.clone(), exited.clone());
+            if self.directory.reactors.post(reactor, told).is_err() {
+                debug!(reactor, "it is busy, and hears of an exit with its link");
+            }
+        }
+        self.exited(&node, &exited);
+        Ok(())
+    }
+
+    /// Who may speak here: another node of this cluster.
+    fn check_peer(&self, cluster: &[u8; 16], node: &NodeName) -> Result<(), String> {
+        let plan = self.plan().expect("links are there after a plan");
+        if cluster != plan.cluster.as_bytes() {
+            return Err(format!("{node} is of another cluster"));
+        }
+        if !plan.peers.iter().any(|peer| peer.node == node.as_str()) {
+            return Err(format!("{node} is no peer"));
+        }
+        Ok(())
     }
 
     /// Somebody who does not speak as agreed; nothing that he said is used.
@@ -348,7 +382,6 @@ impl Core {
     }
 
     fn check_hello(&self, hello: &Hello) -> Result<(), String> {
-        let plan = self.plan().expect("links are there after a plan");
         let own = Hello { version_min: VERSION_MIN, version_max: VERSION, ..hello.clone() };
         if own.common_version(hello).is_none() {
             return Err(format!(
@@ -356,12 +389,7 @@ impl Core {
                 hello.node, hello.version_min, hello.version_max
             ));
         }
-        if hello.cluster != *plan.cluster.as_bytes() {
-            return Err(format!("{} is of another cluster", hello.node));
-        }
-        if !plan.peers.iter().any(|peer| peer.node == hello.node.as_str()) {
-            return Err(format!("{} is no peer", hello.node));
-        }
+        self.check_peer(&hello.cluster, &hello.node)?;
         if hello.shards == 0 || hello.shard >= hello.shards {
             return Err(format!("{} says it is shard {}", hello.node, hello.shard));
         }

@@ -198,6 +198,7 @@ impl Core {
     fn told(&mut self, message: ToReactor) {
         match message {
             ToReactor::Look => {}
+            ToReactor::Exited(node, instances) => self.exited(&node, &instances),
             ToReactor::Shard(new) => {
                 self.open_shard(*new);
                 self.plan_links();

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::process::exit;
 
 use tercet_proto::disk::StoreId;
-use tercet_proto::{BLOCK_BYTES, BlockVersion, Token, VolumeId};
+use tercet_proto::{BLOCK_BYTES, BlockVersion, InstanceId, NodeName, Token, VolumeId};
 use tercet_reactor::{DiskId, FileDisk, now};
 use tercet_replication::api::{
     Control, ControlDone, ControlError, Input, Notice as ShardNotice, Output, VolumeView,
@@ -150,6 +150,9 @@ impl Core {
                 Err(error) => return Err(error.to_string()),
             }
         }
+        // Before the replay, which takes its time (L5).
+        let last = Shard::last_instance(&mut file, &options).map_err(|error| error.to_string())?;
+        self.directory.herald.tell(&plan, last.as_slice());
         let opened = Shard::open(&mut file, identity.clone(), options, now());
         let (shard, report) = opened.map_err(|error| error.to_string())?;
         let previous = report.previous_instance.map(|instance| instance.to_string());
@@ -194,6 +197,16 @@ impl Core {
         let home = self.table.latest().home(volume);
         if home != Some(shard) {
             error!(%volume, shard, ?home, "a second replica of the volume is here: it is not used");
+        }
+    }
+
+    /// Instances of a peer's node have ended (L5). A shard that is not open hears it with its links.
+    pub(super) fn exited(&mut self, node: &NodeName, instances: &[InstanceId]) {
+        for slot in (0..self.slots.len()).filter(|&slot| self.slots[slot].is_open()) {
+            for &instance in instances {
+                let exit = Input::ProvenExit(node.clone(), instance);
+                self.work.push_back((slot, Event::Input(exit)));
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use tercet_nvmf::auth::Computed;
 use tercet_nvmf::target::{ConnectionId, Detached, Keys};
 use tercet_proto::message::{Decoder, Hello};
-use tercet_proto::{InstanceId, Instant, SnapshotState, VolumeId};
+use tercet_proto::{InstanceId, Instant, NodeName, SnapshotState, VolumeId};
 use tercet_reactor::Device;
 use tercet_replication::api::{Control, ControlDone, ControlError, Input, PeerId, ReplicaStatus};
 use tercet_shard::{ScrubStatus, Usage};
@@ -21,6 +21,8 @@ pub type Answer = oneshot::Sender<Result<ControlDone, ControlError>>;
 pub enum ToReactor {
     /// Nothing but to look at the node's table, as before every message.
     Look,
+    /// Instances of a peer's node have ended, as it has proven (rule L5): for every shard.
+    Exited(NodeName, Vec<InstanceId>),
     /// A shard to open: its device is locked.
     Shard(Box<NewShard>),
     /// For a shard.

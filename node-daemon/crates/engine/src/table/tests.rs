@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::*;
 use crate::control::{Directory, Reactors};
 use crate::core::ToReactor;
+use crate::herald::Herald;
 use crate::plan::{PeerPlan, Ports};
 
 const VOLUME: VolumeId = VolumeId(Uuid::from_u128(7));
@@ -105,7 +106,8 @@ fn a_reactor_is_woken_only_when_it_has_something_to_do() {
     let (postbox, inbox) = mailbox(reactor.waker(), 2);
     let (node, instance) = (NodeName::new("a"), InstanceId(Uuid::from_u128(2)));
     let reactors = Reactors(vec![postbox].into());
-    let directory = Directory::new(node, instance, Vec::new(), reactors);
+    let herald = Herald::start(node.clone(), instance).expect("a thread");
+    let directory = Directory::new(node, instance, Vec::new(), herald, reactors);
     let mut table = directory.table_for(0);
     let mut tell = |epoch, hosts: &[&str]| {
         let volume = (*told(epoch, &["a"], hosts)).clone();

@@ -36,6 +36,7 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     ports: pb::Ports,
     id: Uuid,
+    reactors: usize,
 }
 
 pub struct Node {
@@ -116,6 +117,7 @@ impl Cluster {
             nodes: Vec::new(),
             ports: PORTS,
             id,
+            reactors,
         };
         let [a, b, c] = network(id);
         for number in 1..=3_u8 {
@@ -131,6 +133,19 @@ impl Cluster {
             cluster.nodes.push(node);
         }
         cluster
+    }
+
+    /// Kills a node's supervisor, and the engine with it.
+    pub fn lose(&mut self, number: usize) {
+        let node = &mut self.nodes[number];
+        node.supervisor.kill().expect("killed");
+        node.supervisor.wait().expect("reaped");
+    }
+
+    /// Starts the supervisor of a lost node.
+    pub fn revive(&mut self, number: usize) {
+        let node = &mut self.nodes[number];
+        node.supervisor = spawn(&node.dir, &node.name, &node.socket, self.reactors);
     }
 
     pub fn start_agents(&mut self) {

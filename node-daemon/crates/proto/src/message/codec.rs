@@ -14,8 +14,8 @@ use crate::ids::{Epoch, Lsn};
 
 use super::wire::{Reader, Writer};
 use super::{
-    ENTRIES_MAX, EXCLUSIONS_MAX, Envelope, Frame, Hello, Message, PairEnvelope, PairMessage,
-    ReplicaMessage, SEALED_MAX, VERSION, VERSION_MIN,
+    ENTRIES_MAX, EXCLUSIONS_MAX, EXITS_MAX, Envelope, Frame, Hello, Message, PairEnvelope,
+    PairMessage, ProvenExit, ReplicaMessage, SEALED_MAX, VERSION, VERSION_MIN,
 };
 use super::{copy, hand_over, repair};
 
@@ -99,6 +99,7 @@ mod kind {
     pub const BEAT: u8 = 32;
     pub const BEAT_ANSWER: u8 = 33;
     pub const EXITED: u8 = 34;
+    pub const PROVEN_EXIT: u8 = 48;
 }
 
 /// Appends the frame's header and body to `head` and its payloads to `payloads`: what goes over the
@@ -137,6 +138,22 @@ pub fn encode_hello(hello: &Hello, head: &mut Vec<u8>) {
     writer.u16(hello.shards);
     writer.u16(hello.to_shard);
     finish((VERSION_MIN, kind::HELLO), 0, &mut head[start..]);
+}
+
+/// Appends the only frame of a connection that tells of an exit (L5) to `head`.
+pub fn encode_proven_exit(exit: &ProvenExit, head: &mut Vec<u8>) {
+    let start = head.len();
+    head.resize(start + HEADER_BYTES, 0);
+    let mut writer = Writer(head);
+    writer.id(&exit.cluster);
+    writer.node(&exit.node);
+    writer.id(exit.instance.as_bytes());
+    assert!((1..=EXITS_MAX).contains(&exit.exited.len()), "1 to {EXITS_MAX} exits");
+    writer.u8(exit.exited.len() as u8);
+    for exited in &exit.exited {
+        writer.id(exited.as_bytes());
+    }
+    finish((VERSION_MIN, kind::PROVEN_EXIT), 0, &mut head[start..]);
 }
 
 fn replica_fields(message: &ReplicaMessage, head: &mut Vec<u8>, payloads: &mut Vec<Bytes>) -> u8 {
@@ -394,6 +411,7 @@ fn parse(header: Header, frame: &Bytes) -> Result<Frame, WireError> {
     let mut payloads = frame.slice(body_end..);
     let parsed = match header.kind {
         kind::HELLO => Frame::Hello(parse_hello(&mut reader)?),
+        kind::PROVEN_EXIT => Frame::ProvenExit(parse_proven_exit(&mut reader)?),
         kind::BEAT..=kind::EXITED => {
             let envelope =
                 PairEnvelope { instance: reader.instance()?, to_instance: reader.instance()? };
@@ -427,6 +445,16 @@ fn parse_hello(reader: &mut Reader<'_>) -> Result<Hello, WireError> {
         return Err(WireError::Field("number of shards"));
     }
     Ok(hello)
+}
+
+fn parse_proven_exit(reader: &mut Reader<'_>) -> Result<ProvenExit, WireError> {
+    let (cluster, node, instance) = (reader.id()?, reader.node()?, reader.instance()?);
+    let count = usize::from(reader.u8()?);
+    if !(1..=EXITS_MAX).contains(&count) {
+        return Err(WireError::Field("number of exits"));
+    }
+    let exited = (0..count).map(|_| reader.instance()).collect::<Result<_, _>>()?;
+    Ok(ProvenExit { cluster, node, instance, exited })
 }
 
 fn parse_replica(

@@ -597,6 +597,11 @@ impl World {
     }
 
     /// Opens again after a power cut or a kill, and holds what is there against the model.
+    /// Who has opened the store, by its superblocks.
+    pub fn last_instance(&mut self) -> Option<InstanceId> {
+        Store::last_instance(&mut self.disk, &self.options).expect("superblocks")
+    }
+
     pub fn restart(&mut self) -> OpenReport {
         self.instances += 1;
         let instance = InstanceId::from_bytes(id(self.instances));
