@@ -166,7 +166,7 @@ impl Replica {
         let Some(swapped) = &heir.swapped else { return self.tick_heirs_swap(cx) };
         let reached = cx.pairs.reached((&heir.node, heir.replica), self.volume);
         let gone = self.grants.is_given_back(heir.epoch, heir.instance)
-            || cx.pairs.has_exited(heir.instance)
+            || cx.has_exited(&heir.node, heir.instance)
             || reached.is_none_or(|(instance, _)| instance != heir.instance);
         let late = swapped.since + drain + drain / 2;
         if !gone && cx.now < late {
