@@ -400,9 +400,12 @@ impl Alloc {
     }
 
     #[cfg(feature = "canary")]
-    /// Breaks rule W8.
+    /// Breaks rule W8: what was freed is the first to be used again.
     pub(crate) fn free_early(&mut self) {
         self.aging.append(&mut self.pending);
+        if let Some(block) = self.aging.first() {
+            (self.cursor, self.long) = (block - self.data.0, block - self.data.0);
+        }
         self.free_aged();
     }
 }
