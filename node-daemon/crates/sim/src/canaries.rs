@@ -93,7 +93,7 @@ pub fn all() -> Vec<Bird> {
         Replication R::ReadWithoutLease 150,
         Replication R::PairGrantForSealed 0,
         Replication R::ForgetGrants 1000,
-        Replication R::ExitOfAnyInstance 0,
+        Replication R::ExitOfAnyInstance 30,
         Replication R::SealWithoutWait 250,
         Replication R::QueueOnSecondary 30,
         Replication R::KeepAssociations 30,
