@@ -12,6 +12,10 @@ import (
 // forever is when an operation ends that may take effect at any later time.
 const forever = math.MaxInt64
 
+// noRoom is why a command failed that there was no room for (Capacity Exceeded): it is refused before
+// it is ordered, so nobody may ever see it. What was sent before may have been ordered elsewhere.
+const noRoom = "NVMe status 0h/81h"
+
 // line is one line of a recorder (node-daemon/crates/engine/src/attach/record.rs).
 type line struct {
 	At     int64    `json:"at"`
@@ -36,6 +40,8 @@ type asked struct {
 	end    int64 // forever: unknown
 	sent   int   // how often its command went out
 	isDone bool
+	// isRefused: by the only one that it was sent to, before it was ordered. It takes no effect, ever.
+	isRefused bool
 }
 
 // value is what a write leaves in its blocks.
@@ -138,8 +144,9 @@ func (a *asked) take(read *line, all *counts) error {
 		a.sent++
 		all.SentAgain++
 	case "failed":
-		// Refused: it may have taken effect all the same, now or later.
+		// It may have taken effect all the same, now or later, but for one that there was no room for.
 		all.Failed++
+		a.isRefused = a.sent == 1 && strings.HasPrefix(read.Why, noRoom)
 	case "done":
 		if a.kind == "read" && uint64(len(read.Values)) != a.blocks {
 			return fmt.Errorf("%d values of %d blocks", len(read.Values), a.blocks)
@@ -154,7 +161,7 @@ func (a *asked) take(read *line, all *counts) error {
 
 func (all *counts) add(one *asked) {
 	all.Operations++
-	if !one.isDone {
+	if !one.isDone && !one.isRefused {
 		all.Unknown++
 	}
 	switch one.kind {

@@ -36,7 +36,10 @@ func judged(t *testing.T, history string) *report {
 		if strings.HasSuffix(what, "?") {
 			said += fmt.Sprintf(`{"at":%d,"op":%d,"is":"again"}`+"\n", call+1, op)
 		}
-		if !strings.HasSuffix(what, "!") {
+		if strings.HasSuffix(what, "#") {
+			why := "NVMe status 0h/81h DNR"
+			said += fmt.Sprintf(`{"at":%d,"op":%d,"is":"failed","why":"%s"}`+"\n", end, op, why)
+		} else if !strings.HasSuffix(what, "!") {
 			values := ""
 			if what == "r" {
 				values = fmt.Sprintf(`,"values":[%d]`, value)
@@ -94,6 +97,18 @@ func TestVerdicts(t *testing.T) {
 			a.1 3 20 30 r 2
 			a.1 1 40 50 w
 			a.1 4 60 70 r 2`, "not linearizable"},
+		{"no room, and never seen", `
+			a.1 1 0 10 w
+			b.1 2 5 20 w#
+			a.1 4 40 50 r 1`, "linearizable"},
+		{"no room, and seen all the same", `
+			a.1 1 0 10 w
+			b.1 2 5 20 w#
+			a.1 4 40 50 r 2`, "not linearizable"},
+		{"no room for zeroes, and seen all the same", `
+			a.1 1 0 10 w
+			b.1 2 5 20 z#
+			a.1 4 40 50 r 0`, "not linearizable"},
 		{"zeroes without an answer", `
 			a.1 1 0 10 w
 			b.1 2 0 0 z!

@@ -20,8 +20,8 @@ type access struct {
 // linearizable if that of each register is.
 //
 // A command that went out more than once is so many writes, of which the last is certain: each may
-// have taken effect (the host hears of one end only). An unknown write whose value nobody has read
-// is left out: a history is linearizable with it if and only if it is without it.
+// have taken effect (the host hears of one end only). A write that may have taken effect, and whose
+// value nobody has read, is left out: a history is linearizable with it if and only if it is without it.
 func registers(all []*asked) map[uint64][]porcupine.Operation {
 	seen := map[uint64]map[uint64]bool{}
 	for _, one := range all {
@@ -54,12 +54,15 @@ func (a *asked) at(offset uint64, seen map[uint64]bool) []porcupine.Operation {
 		}
 		return []porcupine.Operation{operation(access{value: a.values[offset]})}
 	}
-	if !a.isDone && !seen[a.value()] {
+	if a.isRefused {
 		return nil
 	}
 	var writes []porcupine.Operation
 	for copy := 1; copy <= a.sent; copy++ {
 		isCertain := a.isDone && copy == a.sent
+		if !isCertain && !seen[a.value()] {
+			continue
+		}
 		// What may come at any later time may as well come after everything.
 		isMaybe := !isCertain && a.end != forever
 		writes = append(writes, operation(access{true, isMaybe, a.value(), 0}))
