@@ -2,8 +2,8 @@
 
 A node's pod is told to end: SIGTERM for engine and agent at the same moment. What the node leads is
 handed over (T10) before its engine ends, so the writers see no error and no takeover's pause. The
-next node follows when this one is Ready and every replica is in sync, twice round: each node leads
-at least once, because what it leads has to go somewhere.
+next node follows when this one is Ready and every replica is in sync, twice round: the
+primary's node is among them each time.
 """
 
 import signal

@@ -11,8 +11,8 @@ use tercet_replication::api::{Control, ControlDone, Input, VolumeView};
 use tokio::sync::oneshot;
 use tonic::Status;
 
-use super::convert;
 use super::placement::{self, Room};
+use super::{convert, status};
 use crate::core::{ReactorStatus, ShardReport, ToReactor};
 use crate::herald::Herald;
 use crate::opener::{DeviceState, OPENING};
@@ -257,11 +257,13 @@ impl Directory {
     }
 
     async fn choose(&self, volume: VolumeId, size_bytes: u64) -> Result<u16, Status> {
-        // The volume may have a replica on a device that is not open yet.
-        if let Some(device) = self.devices().iter().find(|device| device.message == OPENING) {
+        let reactors = self.statuses().await?;
+        // The volume may have a replica on a device that is not open yet: locked or not, replayed or
+        // not, as Status says it.
+        let devices = status::devices(self, &reactors);
+        if let Some(device) = devices.iter().find(|device| device.message == OPENING) {
             return Err(Status::unavailable(format!("device {} is being opened", device.id)));
         }
-        let reactors = self.statuses().await?;
         let shards = reactors.iter().flat_map(|reactor| &reactor.shards);
         let open = shards.filter(|shard| shard.failed.is_none());
         let rooms: Vec<Room> = open.map(ShardReport::room).collect();

@@ -48,7 +48,8 @@ pub fn response(directory: &Directory, reactors: &[ReactorStatus]) -> pb::Status
     }
 }
 
-fn devices(directory: &Directory, reactors: &[ReactorStatus]) -> Vec<pb::DeviceStatus> {
+/// How each device is: open with all its shards, failed, or on its way.
+pub(super) fn devices(directory: &Directory, reactors: &[ReactorStatus]) -> Vec<pb::DeviceStatus> {
     let plan = directory.plan();
     let per_device = plan.map_or(1, |plan| plan.shards_per_device);
     let mut devices = Vec::new();
